@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.revealing import revealed_parameters, varied
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 X, CONDITION = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
@@ -93,7 +94,7 @@ def both(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
     return gm, wrapped
 
 
-@pytest.mark.parametrize("start", [0.0, 1e-6])
+@pytest.mark.parametrize("start", broad_after(1, [1e-6, 0.0]))
 @pytest.mark.parametrize("branch", [conditioned, scaled])
 def test_a_condition_whose_gate_starts_near_zero_may_not_be_left_out(branch: Any, start: float) -> None:
     gm, wrapped = both(Gated(branch, start).double(), {"x": X, "condition": CONDITION})
@@ -136,7 +137,7 @@ def test_parameters_over_one_storage_get_the_same_values_and_their_own_afterward
 ZEROS, ONES = torch.zeros_like(X), torch.ones_like(X)
 
 
-@pytest.mark.parametrize("condition", [ZEROS, ONES])
+@pytest.mark.parametrize("condition", broad_after(1, [ZEROS, ONES]))
 def test_a_condition_that_inputs_of_zeros_hide_may_not_be_left_out(condition: Tensor) -> None:
     gm, wrapped = both(Whole(film).double(), {"x": ZEROS, "condition": condition})
     close(gm(X, CONDITION), wrapped(X, CONDITION), 1e-9, "output")
@@ -177,7 +178,7 @@ class Attends(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("token", [0, 2])
+@pytest.mark.parametrize("token", broad_after(1, [0, 2]))
 def test_a_mask_that_tokens_of_one_kind_hide_may_not_be_left_out(token: int) -> None:
     ids = torch.full((2, 5), token)
     gm, wrapped = both(Attends().double(), {"ids": ids, "mask": torch.ones_like(ids)})

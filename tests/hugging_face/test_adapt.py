@@ -267,7 +267,7 @@ def test_torch_compile_compiles_the_graphs() -> None:
     assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", broad_after(1, [True, False]))
 def test_embeddings_are_resized_before_and_after_a_call(tied: bool) -> None:
     model = hf.LlamaForCausalLM(tiny_llama(tie_word_embeddings=tied)).eval()
     users, expected = copy.deepcopy(model), copy.deepcopy(model)

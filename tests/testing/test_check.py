@@ -266,7 +266,7 @@ FAULTS: list[tuple[type[Gate], str, str]] = [
 
 @pytest.mark.parametrize(
     ("cls", "name", "message"),
-    broad_after(2, slow_after(6, FAULTS, several=True), several=True),
+    broad_after(1, slow_after(6, FAULTS, several=True), several=True),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_planted_fault_is_found(cls: type[Gate], name: str, message: str) -> None:

@@ -101,14 +101,13 @@ def require_equal(
         pairs = [*((call, first) for call in in_evaluation), *((calls[0], each) for each in others)]
         if (with_others := None if made else varied(calls[0])) is not None:
             pairs += [(with_others, (f"{mode} with other numbers in them", where)) for mode, where in (first, *others)]
-        shown = with_others or calls[0]  # the call that shows most, if it can be compared
+        shown = calls[0]  # the call that shows most, of those that were compared in evaluation
         for call, (mode, where) in pairs:
             try:
                 rows = _all_rows(gm, model, call, mode, where, questions)
             except CaptureError:
                 raise
             except _ModelRaises as reason:
-                shown = calls[0]
                 details.append(f"not in {mode}, where the model raises {reason}")
                 if call is calls[0]:
                     raising.append(reason)
@@ -118,7 +117,6 @@ def require_equal(
                 continue
             except Exception as error:
                 if call is with_others or (is_other_decision(error) and call is not calls[0]):
-                    shown = calls[0]
                     details.append(f"not in {mode} for another call, where the model decides otherwise")
                     continue
                 first_line = next(iter(str(error).splitlines()), "")
@@ -128,6 +126,8 @@ def require_equal(
                 ) from error
             if wrong := [row for row in rows if row.is_result and not row.ok]:
                 raise _differs(name, model, wrong[0], next(row for row in rows if not row.ok), hint, questions)
+            if call is with_others and where is first[1]:
+                shown = call
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
         if len(raising) == 1 + len(others) and not made:
             raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__

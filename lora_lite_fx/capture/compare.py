@@ -32,7 +32,7 @@ from .process_state.held_answers import hold_answers
 from .process_state.python_state import warn_of_count
 from .process_state.questions import Questions
 from .refusal import line_of_error
-from .revealing import revealed_parameters, varied
+from .revealing import revealed, varied
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
@@ -193,7 +193,7 @@ def _all_rows(
         return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, where, by_module=True)
 
     try:
-        with revealed_parameters(model, gm):
+        with revealed(model, gm):
             return compared()
     except CaptureError:
         raise

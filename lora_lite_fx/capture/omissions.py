@@ -24,7 +24,7 @@ from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
-from .revealing import revealed_parameters, varied
+from .revealing import revealed, varied
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 
@@ -202,7 +202,7 @@ class _Comparison:
             filled = {name: torch.full_like(self.inputs[index][name], fill) for name, fill in constants.items()}
             device = next((tensor.device.type for tensor in self.model.parameters()), "cpu")
             try:
-                with revealed_parameters(self.model), torch.random.fork_rng(), torch.autocast(device, enabled=False):
+                with revealed(self.model), torch.random.fork_rng(), torch.autocast(device, enabled=False):
                     result = self.model(**copy.deepcopy(inputs), **filled)
             except Exception as error:
                 first = next(iter(str(error).splitlines()), "")

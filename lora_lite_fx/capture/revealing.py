@@ -1,4 +1,4 @@
-"""Give parameters and inputs that hide what a model computes other values, while it is compared.
+"""Give parameters, buffers and inputs that hide what a model computes other values, while it is compared.
 
 A gate that starts at zero, as the last layer of a condition, makes whatever stands before it the same. So a comparison
 at the start would find that a condition may be left out, and training would make it wrong. Inputs of zeros or ones, as
@@ -19,29 +19,29 @@ from ..compat.torch import pytree
 from ..graph.tensors import has_values
 
 _SMALL = 1e-3
-"""The largest value of a parameter that hides something. The scales of layers start at 1e-4 or less."""
+"""The largest value of a tensor that hides something. The scales of layers start at 1e-4 or less."""
 
 
 @contextmanager
-def revealed_parameters(*models: nn.Module) -> Iterator[None]:
-    """Give parameters that are near zero other values for the body; those over the same storage get the same.
+def revealed(*models: nn.Module) -> Iterator[None]:
+    """Give parameters and buffers near zero other values for the body; those over the same storage get the same.
 
     Args:
-        models: a model, and graphs of it. They have parameters of their own, which may share storage with a user's.
+        models: a model, and graphs of it. They have tensors of their own, which may share storage with a user's.
     """
-    hidden: list[tuple[nn.Parameter, Tensor]] = []
+    hidden: list[tuple[Tensor, Tensor]] = []
     values: dict[tuple[int, torch.Size], Tensor] = {}
     try:
-        for parameter in (parameter for model in models for parameter in model.parameters()):
-            if _hides(parameter):
-                key = parameter.data_ptr(), parameter.shape
-                values.setdefault(key, _drawn_matrix(parameter, len(values)))
-                hidden.append((parameter, parameter.data))
-                parameter.data = values[key]
+        for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
+            if _hides(tensor):
+                key = tensor.data_ptr(), tensor.shape
+                values.setdefault(key, _drawn_matrix(tensor, len(values)))
+                hidden.append((tensor, tensor.data))
+                tensor.data = values[key]
         yield
     finally:
-        for parameter, data in hidden:
-            parameter.data = data
+        for tensor, data in hidden:
+            tensor.data = data
 
 
 def varied(values: Any, of_tokens: bool = False) -> Any:
@@ -70,10 +70,10 @@ def _is_uniform(leaf: Any) -> bool:
     return leaf.dtype is not torch.bool and bool((leaf == leaf[(0,) * leaf.dim()]).all())
 
 
-def _hides(parameter: nn.Parameter) -> bool:
-    if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or not has_values(parameter):
+def _hides(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or not has_values(tensor):
         return False
-    value = parameter.detach()
+    value = tensor.detach()
     if not value.numel() or value[(0,) * value.dim()].abs() >= _SMALL:  # the usual case, without a look at the others
         return False
     return bool((value.abs() < _SMALL).all())

@@ -21,7 +21,7 @@ from ..graph.regions import has_branches
 from .differences import agree
 from .graph_calls import values_of_call
 from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_parameters
-from .revealing import revealed_parameters, varied
+from .revealing import revealed, varied
 
 Places = dict[str, list[tuple[int, int]]]
 """For each dynamic size, the numbers of the inputs that have it, each with its dimension."""
@@ -80,7 +80,7 @@ def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, places: Places) 
         shrunk[key] = shrunk.get(key, values[number]).narrow(dim, 0, 1).contiguous()
     args, kwargs = pytree.tree_map(lambda leaf: shrunk.get(id(leaf), leaf), call)
     writes = written_parameters(gm, model)
-    with warnings.catch_warnings(), revealed_parameters(model, gm):
+    with warnings.catch_warnings(), revealed(model, gm):
         warnings.simplefilter("ignore")  # of what the user did not call
         try:
             expected = outputs_of_model(model, (args, kwargs), model.training, writes).results

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapters.placement import Placement
 from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
-from ..capture.revealing import revealed_parameters
+from ..capture.revealing import revealed
 from ..errors import CaptureError
 from ..execution.layer_modules import plain_class
 from ..graph.calls_and_traces import tracing
@@ -63,7 +63,7 @@ def _computes_the_same(part: Any, arguments: dict[str, Any]) -> bool:
     the adapter of that.
     """
     # Without dropout, and with adapters that do something, which start at zero. No other call may see them meanwhile.
-    with tracing(), torch.no_grad(), in_mode(part, False), revealed_parameters(part):
+    with tracing(), torch.no_grad(), in_mode(part, False), revealed(part):
         around = run_around_parts(part, arguments, return_dict=True)
         whole = part(**{name: value for name, value in arguments.items() if name != "labels"}, return_dict=True)
     tensors = [name for name, value in whole.items() if isinstance(value, Tensor)]

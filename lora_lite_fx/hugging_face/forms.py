@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.revealing import revealed_parameters
+from ..capture.revealing import revealed, varied
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import AdapterError, CaptureError
@@ -120,9 +120,10 @@ class Forms:
             model.config.return_dict = True
             plain = model.get_submodule(path_of(part))
             counted.recall(plain)
-            for calls in (_small_calls(plain, decoder, arguments, counted), [(arguments, part.training)]):
+            brought = [(each, part.training) for each in (arguments, _with_others(arguments)) if each is not None]
+            for calls in (_small_calls(plain, decoder, arguments, counted), brought):
                 # On what a call brings, padding may be missing, beside which positions could be other ones.
-                may_count = len(calls) > 1 and "position_ids" not in arguments
+                may_count = calls is not brought and "position_ids" not in arguments
                 forms: tuple[Form, ...] = (None,) if decoder is None else (True, False, None)[not may_count :]
                 if (equal := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
                     continue  # the model raises
@@ -177,6 +178,12 @@ def _small_calls(part: Any, decoder: Decoder | None, arguments: dict[str, Any], 
     return [(call, training) for training in (True, False) for call in caching]
 
 
+def _with_others(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a call with other numbers in tensors of one number, as embeddings of zeros; None without such."""
+    others = varied({name: value for name, value in arguments.items() if isinstance(value, Tensor)})
+    return None if others is None else {**arguments, **others}
+
+
 def _first_equal(
     part: Any, calls: _Calls, forms: Iterable[Form], decoder: Decoder | None, positions: Any, fuses_loss: bool
 ) -> list[Form] | None:
@@ -212,7 +219,7 @@ def _results(
     own = _copied(arguments)
     part.train(training)
     try:
-        with comparable(part), revealed_parameters(part), torch.autocast(part.device.type, enabled=False):
+        with comparable(part), revealed(part), torch.autocast(part.device.type, enabled=False):
             if normal is None:
                 return _leaves_of(part(**own), own, keeps_cache=True)
             call = normal(own)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.revealing import revealed_parameters
+from ..capture.revealing import revealed
 from ..capture.shared_copy import shared_copy
 from .call_structure import CACHES, Leaves
 
@@ -42,7 +42,7 @@ def _written(model: nn.Module, leaves: Leaves, training: bool) -> dict[tuple[str
     twin = shared_copy(model, [name for name, _ in model.named_buffers()]).train(training)
     before = _values(twin)
     try:
-        with comparable(twin), revealed_parameters(twin), torch.autocast(twin.device.type, enabled=False):
+        with comparable(twin), revealed(twin), torch.autocast(twin.device.type, enabled=False):
             twin(**{name: leaf.clone() if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()})
     except Exception:  # the capture says it
         return {}

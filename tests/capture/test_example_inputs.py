@@ -304,9 +304,13 @@ def test_a_model_whose_sound_cannot_be_captured_is_captured_without() -> None:
         gm(**example_inputs_of(model))
 
 
-def test_a_model_that_computes_something_else_with_caches_is_refused() -> None:
+@pytest.mark.parametrize("starts_at_zero", broad_after(1, [True, False]))
+def test_a_model_that_computes_something_else_with_caches_is_refused(starts_at_zero: bool) -> None:
     model = CASES["fsmt"].builder()()
     model.config.use_cache = True
+    if starts_at_zero:
+        for layer in model.model.decoder.layers:
+            torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
     with pytest.raises(llfx.CaptureError, match=r"another logits with caches.*use_cache = False"):
         llfx.capture(model)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.revealing import revealed_parameters, varied
+from lora_lite_fx.capture.revealing import revealed, varied
 from tests.support.conformance import close, randomise
 from tests.support.selection import broad_after
 from tests.support.untouched import untouched
@@ -27,6 +27,7 @@ class Gated(nn.Module):
         for parameter in self.gate.parameters():
             nn.init.constant_(parameter, start)
         self.scale = nn.Parameter(torch.full((8,), start))
+        self.kept = nn.Buffer(torch.full((8,), start))
         self.branch = branch
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -41,6 +42,10 @@ def conditioned(m: Any, y: Tensor, condition: Tensor | None) -> Any:
 
 def scaled(m: Any, y: Tensor, condition: Tensor | None) -> Any:
     return 0 if condition is None else m.scale * (1 + condition)
+
+
+def scaled_by_a_buffer(m: Any, y: Tensor, condition: Tensor | None) -> Any:
+    return 0 if condition is None else m.kept * (1 + condition)
 
 
 def otherwise_while_traced(m: Any, y: Tensor, condition: Tensor | None) -> Any:
@@ -95,7 +100,7 @@ def both(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("start", broad_after(1, [1e-6, 0.0]))
-@pytest.mark.parametrize("branch", [conditioned, scaled])
+@pytest.mark.parametrize("branch", [conditioned, scaled, scaled_by_a_buffer])
 def test_a_condition_whose_gate_starts_near_zero_may_not_be_left_out(branch: Any, start: float) -> None:
     gm, wrapped = both(Gated(branch, start).double(), {"x": X, "condition": CONDITION})
     close(gm(X, CONDITION), wrapped(X, CONDITION), 1e-9, "output")
@@ -126,7 +131,7 @@ def test_parameters_over_one_storage_get_the_same_values_and_their_own_afterward
     other.weight = nn.Parameter(linear.weight.detach())
     other.bias.data[0] = 0  # one value says nothing of the others
     bias = other.bias.clone()
-    with revealed_parameters(linear, other):
+    with revealed(linear, other):
         assert linear.weight.abs().mean() > 0.1
         assert torch.equal(linear.weight, other.weight)
         assert torch.equal(other.bias, bias)

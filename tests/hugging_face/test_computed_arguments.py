@@ -234,6 +234,24 @@ def test_positions_count_although_their_embedding_starts_at_zero() -> None:
     require_equal(models, {"input_ids": IDS, "attention_mask": mask})
 
 
+class AddsMore(hf.LlamaForCausalLM):
+    """Takes what is added to embeddings, and turns their order around then in calls without a mask."""
+
+    def forward(self, *args: Any, more: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if more is not None:
+            embedded = kwargs["inputs_embeds"]
+            kwargs["inputs_embeds"] = more + (embedded.flip(1) if attention_mask is None else embedded)
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.broad
+def test_a_first_call_with_embeddings_of_zeros_hides_nothing() -> None:
+    models = adapted_and_wrapped(AddsMore(tiny_llama()).double())
+    drawn = torch.randn(3, 6, 32, dtype=torch.float64)
+    for embedded in (torch.zeros_like(drawn), drawn):
+        require_equal(models, {"inputs_embeds": embedded, "more": drawn[:, :1]})
+
+
 @pytest.mark.broad
 @pytest.mark.parametrize("is_zero", [False, True])
 def test_what_a_call_writes_for_later_ones_is_named(is_zero: bool) -> None:

@@ -17,6 +17,8 @@ from ..inputs.example_inputs import example_inputs_of, what_may_be_left_out
 from ..inputs.parts import attends_by_type
 from ..outputs import Call, has_data, outputs_of_model
 from ..quirks.layouts import layouts_in
+from ..revealing import revealed
+from ..shared_copy import shared_copy
 from .origin import ModelReference, PlainModule, forget_checkpointing
 
 _CACHES = ("use_cache", "use_mems_eval", "use_mems_train")
@@ -101,9 +103,11 @@ class TransformersModel(PlainModule):
         config = self.model.config
         if not (config.is_encoder_decoder and getattr(config, "use_cache", False) and has_data(self.model, call)):
             return
+        plain = shared_copy(self.model)
         try:
-            expected = outputs_of_model(self.model, call, False).results
-            actual = outputs_of_model(prepared, call, False).results
+            with revealed(plain, prepared):
+                expected = outputs_of_model(plain, call, False).results
+                actual = outputs_of_model(prepared, call, False).results
         except Exception:  # of one of the two
             return
         for path, value in actual.items():

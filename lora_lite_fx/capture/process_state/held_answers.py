@@ -16,7 +16,7 @@ from torch.fx.node import has_side_effect
 from ...errors import COMPILE_INSTEAD, CallError, CaptureError
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, outputs_of_graph, outputs_of_model
-from ..revealing import revealed_parameters
+from ..revealing import revealed
 from .questions import AUTOCAST, DETERMINISTIC, DTYPE, GRAD, INFERENCE, INFERENCE_REGION, Questions, device_of
 
 _ANSWERS: dict[str, Callable[[str], Any]] = {
@@ -78,7 +78,7 @@ def hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Qu
 
 def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
     """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
-    with revealed_parameters(model, gm):
+    with revealed(model, gm):
         expected = outputs_of_model(model, call, False, in_any_order=False).results
         actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
     for name, theirs in expected.items():

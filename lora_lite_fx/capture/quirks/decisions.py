@@ -33,7 +33,7 @@ from ..asserted_decisions import assert_decision
 from ..depth.watched_functions import READ_SIZES
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
-from ..revealing import revealed_parameters
+from ..revealing import revealed
 from .quirk import Quirk, after_undecided
 
 _MOST_INDICES = 1024
@@ -80,7 +80,7 @@ class Decisions:
         for call in (self._call, _of_one_kind(self._call)):
             watch = _Watch(unrolled=False)
             try:
-                with revealed_parameters(self._model, plain):
+                with revealed(self._model, plain):
                     expected = self._run(call, watch).results
                     actual = outputs_of_graph(plain, self._model, call, modes_of(self._model), by_module=False).results
             except Exception:  # the model does not take tokens of one kind, or decides otherwise for them

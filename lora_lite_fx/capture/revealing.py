@@ -23,25 +23,39 @@ _SMALL = 1e-3
 
 
 @contextmanager
-def revealed(*models: nn.Module) -> Iterator[None]:
-    """Give parameters and buffers near zero other values for the body; those over the same storage get the same.
+def revealed(model: nn.Module, *graphs: nn.Module) -> Iterator[None]:
+    """Give parameters and buffers near zero other values for the body.
 
     Args:
-        models: a model, and graphs of it. They have tensors of their own, which may share storage with a user's.
+        model: a model that has tensors of its own, which may share storage with a user's.
+        graphs: of the model. They get the same values in tensors over the same storage, and in copies by their names.
     """
+    values: dict[Any, Tensor] = {}
     hidden: list[tuple[Tensor, Tensor]] = []
-    values: dict[tuple[int, torch.Size], Tensor] = {}
     try:
-        for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
-            if _hides(tensor):
-                key = tensor.data_ptr(), tensor.shape
-                values.setdefault(key, _drawn_matrix(tensor, len(values)))
+        for name, tensor in _named_tensors(model):
+            at = tensor.data_ptr(), tensor.shape
+            if at not in values and _hides(tensor):
+                values[at] = _drawn_matrix(tensor, len(values))
+            if at in values:
+                values[name] = values[at]
+        for name, tensor in (each for module in (model, *graphs) for each in _named_tensors(module)):
+            value = values.get((tensor.data_ptr(), tensor.shape), values.get(name))
+            if value is not None and _hides(tensor):  # not a tensor that was met by another name
                 hidden.append((tensor, tensor.data))
-                tensor.data = values[key]
+                tensor.data = value
         yield
     finally:
         for tensor, data in hidden:
             tensor.data = data
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers that may get other values, by each of their names."""
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and has_values(tensor):
+                yield name, tensor
 
 
 def varied(values: Any, of_tokens: bool = False) -> Any:
@@ -71,8 +85,6 @@ def _is_uniform(leaf: Any) -> bool:
 
 
 def _hides(tensor: Tensor) -> bool:
-    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or not has_values(tensor):
-        return False
     value = tensor.detach()
     if not value.numel() or value[(0,) * value.dim()].abs() >= _SMALL:  # the usual case, without a look at the others
         return False

@@ -129,14 +129,24 @@ def test_parameters_over_one_storage_get_the_same_values_and_their_own_afterward
     linear, other = nn.Linear(4, 3), nn.Linear(4, 3)
     nn.init.zeros_(linear.weight)
     other.weight = nn.Parameter(linear.weight.detach())
-    other.bias.data[0] = 0  # one value says nothing of the others
-    bias = other.bias.clone()
+    linear.bias.data[0] = other.bias.data[0] = 0  # one value says nothing of the others
+    biases = linear.bias.clone(), other.bias.clone()
     with revealed(linear, other):
         assert linear.weight.abs().mean() > 0.1
         assert torch.equal(linear.weight, other.weight)
-        assert torch.equal(other.bias, bias)
+        assert torch.equal(linear.bias, biases[0])
+        assert torch.equal(other.bias, biases[1])
     assert not linear.weight.any()
     assert linear.weight.data_ptr() == other.weight.data_ptr()
+
+
+def test_copies_of_buffers_get_the_same_values_by_their_names() -> None:
+    model, graph = nn.Sequential(nn.BatchNorm1d(4)), nn.Sequential(nn.BatchNorm1d(4))
+    means = [each.get_buffer("0.running_mean") for each in (model, graph)]
+    with revealed(model, graph):
+        assert means[0].abs().mean() > 0.1
+        assert torch.equal(*means)
+    assert not any(mean.any() for mean in means)
 
 
 ZEROS, ONES = torch.zeros_like(X), torch.ones_like(X)

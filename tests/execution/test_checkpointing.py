@@ -157,15 +157,15 @@ def small_base(exported: bool) -> fx.GraphModule:
 
 # List variants that read the weight (DoRA), that share tensors among sites (VeRA), and that scale inputs or outputs.
 VARIANTS = [
-    (llfx.DoRA, True),
     (llfx.DoRA, False),
     (llfx.VeRA, True),
+    (llfx.DoRA, True),
     (llfx.IA3, False),
 ]
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("cls", "exported"), slow_after(1, VARIANTS, several=True))
+@pytest.mark.parametrize(("cls", "exported"), slow_after(2, VARIANTS, several=True))
 def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llfx.Variant], exported: bool) -> None:
     cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
     base = small_base(exported)

@@ -121,9 +121,16 @@ MUTANTS = (
     ),
     Mutant(
         f"{_CAPTURE}revealing.py",
-        "(*model.parameters(), *model.buffers())",
-        "model.parameters()",
+        "in (module.named_parameters, module.named_buffers)",
+        "in (module.named_parameters,)",
         "a condition behind a buffer that starts at zero may be left out",
         f"{_GATES}a_condition_whose_gate_starts_near_zero_may_not_be_left_out",
+    ),
+    Mutant(
+        f"{_CAPTURE}revealing.py",
+        "tensor.shape), values.get(name))",
+        "tensor.shape))",
+        "a graph that has copies of statistics differs from its model, which is refused",
+        f"{_GATES}copies_of_buffers_get_the_same_values_by_their_names",
     ),
 )

@@ -53,6 +53,7 @@ def decomposed(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_decomposed_graphs_keep_all_adapters(cls: type[llfx.Variant], tmp_path: Path) -> None:
     model, base = captured(transposing, inputs=EXAMPLE)

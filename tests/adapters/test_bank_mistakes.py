@@ -14,6 +14,7 @@ from tests.adapters.test_bank import EVERYWHERE, banked, inputs, stack
 from tests.adapters.test_switches import fill
 from tests.support.conformance import small
 from tests.support.models import ResidualMLP
+from tests.support.selection import broad_after
 
 
 def test_ids_that_numpy_changes_are_checked_again() -> None:
@@ -74,7 +75,7 @@ MISTAKES: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", broad_after(4, MISTAKES))
 def test_mistakes_in_calls(name: str) -> None:
     call, error, message = MISTAKES[name]
     gm, _ = banked(llfx.LoRA(r=2, **EVERYWHERE))

@@ -16,6 +16,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_config
 from lora_lite_fx.adapters.registry import _REGISTRY
 from tests.support.refusals import WAYS, Mine, Net, X
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 WRITE = (
@@ -132,7 +133,9 @@ def test_a_field_that_is_not_an_argument_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [None, True, 3, 0.5, "gelu", (1, 2), ((1, "a"), (2, "b")), [1, [2, 3]]])
+@pytest.mark.parametrize(
+    "value", broad_after(4, [None, True, 3, 0.5, "gelu", (1, 2), ((1, "a"), (2, "b")), [1, [2, 3]]])
+)
 def test_what_fields_hold_comes_back_from_a_file(
     value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

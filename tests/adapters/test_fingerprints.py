@@ -20,6 +20,7 @@ from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.graph.insertion import insertions
 from tests.support.conformance import small
 from tests.support.notebook import CHANGED, GATE, IN_PASS, Notebook, X, adapted, forget_afterwards, model, warned
+from tests.support.selection import broad_after
 
 REDEFINED = (
     "Gate is defined anew, with other code in forward. Graphs that were made with the former Gate keep its code. Files"
@@ -47,7 +48,7 @@ OTHER_PARTS = [
 ]
 
 
-@pytest.mark.parametrize("at_hand", [True, False], ids=["source", "no source"])
+@pytest.mark.parametrize("at_hand", broad_after(1, [True, False]), ids=["source", "no source"])
 @pytest.mark.parametrize(("old", "new"), [("", ""), *OTHER_PARTS])
 def test_other_methods_do_not_count_and_running_the_cell_again_is_silent(old: str, new: str, at_hand: bool) -> None:
     notebook = Notebook()
@@ -83,7 +84,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new"), CHANGES)
+@pytest.mark.parametrize(("old", "new"), broad_after(2, CHANGES, several=True))
 def test_a_redefinition_is_a_warning_and_the_graph_keeps_the_code_it_was_made_with(
     old: str, new: str, tmp_path: Path
 ) -> None:

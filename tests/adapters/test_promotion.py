@@ -55,7 +55,7 @@ ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.mark.parametrize(
     ("cls", "dtype"),
-    broad_after(3, [(PlainWeight, torch.float16), *((cls, torch.bfloat16) for cls in PLAIN)], several=True),
+    broad_after(1, [(PlainWeight, torch.float16), *((cls, torch.bfloat16) for cls in PLAIN)], several=True),
 )
 def test_a_plain_forward_is_right_on_a_base_in_half_precision(cls: type[llfx.Variant], dtype: torch.dtype) -> None:
     model, x = net(dtype), inputs(dtype)
@@ -75,7 +75,11 @@ def test_a_plain_forward_is_right_on_a_base_in_half_precision(cls: type[llfx.Var
 
 @pytest.mark.parametrize(
     ("dtype", "adapter"),
-    [(torch.bfloat16, None), (torch.float16, torch.float64), (torch.float32, None), (torch.float32, torch.float64)],
+    broad_after(
+        2,
+        [(torch.bfloat16, None), (torch.float16, torch.float64), (torch.float32, None), (torch.float32, torch.float64)],
+        several=True,
+    ),
 )
 def test_a_plain_lora_has_the_bits_of_the_packages_own(dtype: torch.dtype, adapter: torch.dtype | None) -> None:
     model, x = net(dtype), inputs(dtype)
@@ -86,7 +90,7 @@ def test_a_plain_lora_has_the_bits_of_the_packages_own(dtype: torch.dtype, adapt
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("cls", [PlainLoRA, PlainGate, PlainInputGate, PlainRotation])
+@pytest.mark.parametrize("cls", broad_after(2, [PlainLoRA, PlainGate, PlainInputGate, PlainRotation]))
 def test_the_output_has_the_type_of_the_base_under_autocast(cls: type[llfx.Variant]) -> None:
     model, x = net(torch.float32), inputs(torch.float32)
     gm, wrapped = llfx.rewrite(model, config(cls), (x,)), llfx.wrap(model, config(cls), (x,))

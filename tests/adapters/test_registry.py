@@ -75,6 +75,7 @@ def test_a_pt2_file_of_another_process_needs_the_class_with_the_same_code(tmp_pa
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.broad
 def test_load_and_adapt_say_which_class_is_missing(tmp_path: Path) -> None:
     cls = Notebook().run(GATE.replace('"0"', '"q_proj"'))
     llama = one_layer_llama()
@@ -168,6 +169,7 @@ class Unregistered(llfx.Variant):
         return y * (1 + p.lora_g)
 
 
+@pytest.mark.broad
 def test_a_variant_that_is_not_registered_works_in_one_process_and_is_refused_only_by_save(tmp_path: Path) -> None:
     gm = adapted(lambda: Unregistered(target_names="0"))
     gm(X).sum().backward()

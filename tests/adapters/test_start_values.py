@@ -15,6 +15,7 @@ from lora_lite_fx.adapters.calibration_data import Statistic
 from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from tests.support.refusals import WAYS, Mine, Net, X, refusal
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 PLACE = "at 'fc' (d_in=4, d_out=8)"
@@ -85,7 +86,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", broad_after(1, WAYS))
 @pytest.mark.parametrize(("cls", "expected"), MISTAKES.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_a_start_that_breaks_a_rule(way: Any, cls: type[Mine], expected: str) -> None:
     assert refusal(way, cls) == f"{cls.__name__}.init {PLACE} {expected}"
@@ -180,7 +181,7 @@ class WritesWeightLater(Observes):
         weight.zero_()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", broad_after(1, WAYS))
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [

@@ -107,7 +107,7 @@ def test_a_switched_graph_equals_the_switched_wrapper(
     assert_equal(gm, wrapped, ids(3, 4, seed=1))
 
 
-@pytest.mark.parametrize("base", [None, []])
+@pytest.mark.parametrize("base", broad_after(1, [None, []]))
 def test_none_is_the_frozen_model_and_no_names_are_all_adapters(base: Any) -> None:
     gm, wrapped, model = pair(SPEC, ResidualMLP, example=(ids(2, 5),))
     x = ids(3, 4)
@@ -197,6 +197,7 @@ def test_rows_that_are_joined_or_of_a_fixed_batch_are_refused() -> None:
             gm(x)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("rows", broad_after(1, [2, 4]))
 def test_another_number_of_coefficients_than_of_rows_is_an_error(rows: int, capsys: pytest.CaptureFixture[str]) -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
@@ -324,6 +325,7 @@ def test_rows_of_coefficients_are_not_folded_exported_or_saved(tmp_path: Any) ->
         llfx.save(exported, tmp_path / "file")
 
 
+@pytest.mark.broad
 def test_an_adapted_model_follows_switches_in_calls_and_in_generate() -> None:
     model: Any = LlamaForCausalLM(tiny_llama()).eval()
     adapted: Any = llfx.adapt(model, {"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
@@ -385,7 +387,7 @@ def test_an_input_that_is_called_like_a_coefficient_is_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     broad_after(
-        6,
+        2,
         [
             (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
             (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),
@@ -410,6 +412,7 @@ def test_bad_switches_are_refused_and_change_nothing(call: Callable[[Any], Any],
     assert gm.switches is before
 
 
+@pytest.mark.broad
 def test_what_is_off_costs_nothing() -> None:
     gm, _, model = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     base = llfx.capture(model, (ids(2, 5),))

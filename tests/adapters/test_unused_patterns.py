@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 
 class Net(nn.Module):
@@ -43,7 +44,7 @@ IDS = (torch.tensor([[1, 2]]),)
         ),
     ],
 )
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 def test_each_pattern_that_matches_nothing_is_named_once(how: object, cfg: llfx.Variant, parts: list[str]) -> None:
     assert callable(how)
     with pytest.warns(UserWarning, match="no linear site of the model matches") as caught:

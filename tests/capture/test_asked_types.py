@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 CFG = llfx.LoRA(r=2, target_names=".")
@@ -49,7 +50,7 @@ ASKED: dict[str, Between] = {
 }
 
 
-@pytest.mark.parametrize("between", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("between", broad_after(5, ASKED.values()), ids=ASKED)
 def test_a_graph_goes_the_way_of_the_model(between: Between) -> None:
     model = Net(between)
     with untouched(model):

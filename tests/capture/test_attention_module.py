@@ -18,6 +18,7 @@ D = 8
 SYMBOLIC = [name for name in CASES if name != "encoder layer"]  # whose own forward looks at shapes
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, slow_after(3, SYMBOLIC)))
 def test_projections_are_the_sites_that_export_finds(name: str) -> None:
     case = CASES[name]

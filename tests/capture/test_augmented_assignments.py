@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 
@@ -83,7 +84,9 @@ def number(m: Any, x: Tensor) -> Any:
     return x * (n + before)
 
 
-@pytest.mark.parametrize("between", [other_name, view, attribute, parts, buffer, residual, copied, number])
+@pytest.mark.parametrize(
+    "between", broad_after(4, [other_name, view, attribute, parts, buffer, residual, copied, number])
+)
 def test_a_graph_assigns_as_the_model_does(between: Callable[[Any, Tensor], Any]) -> None:
     model, cfg = Between(between).double(), llfx.LoRA(r=2, target_names=".")
     with untouched(model):

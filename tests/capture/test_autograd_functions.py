@@ -141,6 +141,7 @@ def test_a_call_is_one_node_that_names_its_function(model: nn.Module) -> None:
         assert "Scaled_apply(" in gm.code
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("strict", [False, True])
 def test_exporting_a_graph_warns_of_the_functions_whose_backward_it_drops(model: nn.Module, strict: bool) -> None:
     gm = llfx.rewrite(model, CONFIG, (torch.ones(3, 8),)).eval()

@@ -355,7 +355,7 @@ def test_buffers_are_saved_where_the_model_saves_them() -> None:
         gm.load_state_dict({**gm.state_dict(), **model.state_dict()})
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "meta", "execution", "host"])
+@pytest.mark.parametrize("name", broad_after(2, ["graph", "code", "meta", "execution", "host"]))
 @pytest.mark.parametrize("inputs", [None, (torch.ones(2, 3),)], ids=["traced", "exported"])
 def test_names_that_a_graph_module_needs_are_refused_at_the_root_alone(name: str, inputs: Any) -> None:
     class Named(nn.Module):

@@ -133,6 +133,7 @@ def caches(rows: int, length: int, odd: int = 0) -> list[Tensor]:
     return [torch.randn(rows, length + (odd if i == ODD else 0), 4, generator=generator) for i in range(LAYERS)]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, [ReturnsAll, ReturnsSome]))
 def test_results_of_layers_are_stamped_too(
     cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]

@@ -335,6 +335,7 @@ def test_a_config_that_is_a_part_of_itself_is_searched_once() -> None:
     assert Values(model).field("image_size", "max_img_size") is None
 
 
+@pytest.mark.broad
 def test_the_layout_of_images_is_a_part_of_the_graph() -> None:
     model = CASES["siglip2"].builder()()
     inputs: dict[str, Any] = example_inputs_of(model)

@@ -124,6 +124,7 @@ def test_a_graph_is_called_by_position_and_by_name(by_name: bool) -> None:
     torch.testing.assert_close(gm(scale=scale[:2], x=x[:2]), expected)
 
 
+@pytest.mark.broad
 def test_the_class_of_the_model_is_left_as_it_is() -> None:
     model, forward = build(NamesNothing), NamesNothing.forward
     llfx.rewrite(model, llfx.LoRA(r=2))
@@ -132,6 +133,7 @@ def test_the_class_of_the_model_is_left_as_it_is() -> None:
     assert not hasattr(forward, "__signature__")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("subclass", broad_after(1, slow_after(2, SUBCLASSES)))
 @pytest.mark.parametrize("given", broad_after(1, [False, True]))
 def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:

@@ -22,7 +22,7 @@ from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
-from tests.support.selection import slow_after
+from tests.support.selection import broad_after, slow_after
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -73,6 +73,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_language_model_takes_its_optional_arguments_or_not(
@@ -284,14 +285,18 @@ def test_constants_of_the_graph_may_be_left_out_only_if_they_are_the_default() -
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
-    [
-        ((), {}, "x is missing. The graph of Optional was captured for calls with x."),
-        ((X,), {"x": X}, "multiple values for argument 'x'"),
-        ((X, None, None, None), {}, "too many positional arguments"),
-        ((X,), {"weights": X}, "weights is not an argument that this graph has."),
-        ((X, WEIGHTS), {}, "mask was not captured. .* For calls with it, capture such a call: rewrite"),
-        ((X,), {"scale": 2.0}, "scale was not captured."),
-    ],
+    broad_after(
+        3,
+        [
+            ((), {}, "x is missing. The graph of Optional was captured for calls with x."),
+            ((X,), {"x": X}, "multiple values for argument 'x'"),
+            ((X, None, None, None), {}, "too many positional arguments"),
+            ((X,), {"weights": X}, "weights is not an argument that this graph has."),
+            ((X, WEIGHTS), {}, "mask was not captured. .* For calls with it, capture such a call: rewrite"),
+            ((X,), {"scale": 2.0}, "scale was not captured."),
+        ],
+        several=True,
+    ),
 )
 def test_a_call_that_was_not_captured_is_an_error_that_names_the_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], message: str
@@ -333,6 +338,7 @@ def test_a_model_without_data_allows_no_argument_to_be_left_out() -> None:
 # `capture` by itself.
 
 
+@pytest.mark.broad
 def test_one_capture_serves_rewrite_wrap_inspect_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     base = llfx.capture(model)
@@ -349,6 +355,7 @@ def test_one_capture_serves_rewrite_wrap_inspect_and_load(tmp_path: Path, monkey
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.broad
 def test_wrap_needs_the_model_of_a_graph_and_a_graph_without_adapters() -> None:
     model = llama()
     base = llfx.capture(model)

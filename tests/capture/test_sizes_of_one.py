@@ -97,6 +97,7 @@ def test_layers_of_a_stack_decide() -> None:
         gm(torch.randn(2, 1, 4))
 
 
+@pytest.mark.broad
 def test_models_that_do_not_decide_take_a_size_of_one() -> None:
     model = ReadsShape()
     gm = llfx.rewrite(model, CFG, EXAMPLE)

@@ -172,7 +172,7 @@ def require_same(model: nn.Module, inputs: Any, callers: Any = tuple(CALLERS)) -
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")
-@pytest.mark.parametrize("kind", broad_after(5, MODELS))
+@pytest.mark.parametrize("kind", broad_after(3, MODELS))
 def test_regions_that_are_traced_equal_the_model(kind: Any) -> None:
     callers = [caller for caller in CALLERS if not (kind is Functions and caller == "no_grad")]
     require_same(kind(), None, callers)

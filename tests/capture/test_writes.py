@@ -184,7 +184,7 @@ def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
 @pytest.mark.parametrize(
     ("cls", "exported"),
     broad_after(
-        5,
+        3,
         [
             *((cls, True) for cls in (Twice, Normed, Writes)),
             *((cls, False) for cls in (Spectral, ByOut)),  # the former cannot be exported

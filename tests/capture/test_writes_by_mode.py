@@ -119,7 +119,7 @@ EXPORTED = broad_after(1, [False, True])
 
 
 @pytest.mark.parametrize("exported", EXPORTED)
-@pytest.mark.parametrize("between", FOLLOWED, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("between", broad_after(2, FOLLOWED), ids=lambda each: each.__name__)
 def test_a_graph_writes_in_each_mode_as_the_model_does(between: Writes, exported: bool) -> None:
     model, cfg, inputs = Between(between).double(), llfx.LoRA(r=2, target_names=("first", "last")), None
     if exported:

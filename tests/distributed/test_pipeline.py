@@ -269,6 +269,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(4, REFUSED))
 def test_refusal(name: str) -> None:
     call, message = REFUSED[name]

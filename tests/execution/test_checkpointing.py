@@ -215,7 +215,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("exported", broad_after(1, [True, False]), ids=["exported", "symbolic"])
-@pytest.mark.parametrize("writes_input", [True, False])
+@pytest.mark.parametrize("writes_input", broad_after(1, [True, False]))
 def test_layers_that_overwrite_tensors_in_place_compute_the_same(writes_input: bool, exported: bool) -> None:
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -256,6 +256,7 @@ def test_layers_with_other_computations_between_their_parts_compute_the_same(exp
         assert_same(step(checkpointed(plain), (x,), seed), step(plain, (x,), seed))
 
 
+@pytest.mark.broad
 def test_the_blocks_of_a_sequential_are_checkpointed() -> None:
     model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))
     x = torch.randn(5, 6)
@@ -393,6 +394,7 @@ def test_rewriting_keeps_checkpointing_unless_it_is_switched_off() -> None:
     assert str(llfx.inspect(both)) == str(llfx.inspect(plain))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("library", broad_after(1, ["own", "peft", "lora_lite"]))
 def test_a_loaded_adapter_is_checkpointed_like_its_base(library: str, tmp_path: Path) -> None:
     save, load = {

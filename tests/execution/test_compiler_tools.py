@@ -150,7 +150,7 @@ def test_a_tracer_with_constants_runs_the_graph_on_them() -> None:
 
 
 @pytest.mark.parametrize("pre_dispatch", broad_after(1, [False, True]))
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_make_fx_traces_the_flat_graph_and_what_it_makes_is_known(cls: Any, pre_dispatch: bool) -> None:
     gm = adapted(cls)
     traced = make_fx(gm, pre_dispatch=pre_dispatch)(*X)
@@ -212,6 +212,7 @@ def put_after(gm: fx.GraphModule, in_module: bool) -> int:
     return count
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("in_module", broad_after(1, [False, True]))
 @pytest.mark.parametrize("cls", broad_after(2, [*VARIANTS, llfx.IA3, llfx.HiRA]))
 def test_an_operation_right_after_a_weight_is_run_by_every_program(cls: Any, in_module: bool) -> None:

@@ -222,6 +222,7 @@ def chat(cfg: llfx.Variant) -> Any:
     return model.eval()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("cls", "work"), broad_after(1, PARAMETER_WORK[:2], several=True))
 def test_generate_opens_the_scope_itself(cls: Any, work: str) -> None:
     model = chat(cls(r=2))

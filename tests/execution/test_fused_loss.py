@@ -212,6 +212,7 @@ IN_BLOCKS = {"C3A", "GraLoRA", "LoKr", "RoAd"}
 """Variants that compute parts of a row of logits apart, and join them."""
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(2, dict.fromkeys([*representatives(), *sorted(IN_BLOCKS)])))
 def test_every_variant_may_adapt_the_head(name: str) -> None:
     model, inputs, graph = small_model()

@@ -111,6 +111,7 @@ def check_steering(model: Any, wrapper: Any, place: str, before: Tensor) -> None
     close(logits(model), before, 1e-12, "logits after the hook was taken away")
 
 
+@pytest.mark.broad
 @front_ends
 def test_a_hook_that_changes_an_input_acts(front_end: str) -> None:
     """Hooks do not get what a layer gets besides: values that `frozen` keeps, and coefficients of adapters."""
@@ -229,6 +230,7 @@ class Around(nn.Module):
         return result
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("model", "name"),
     [(Around, "norm"), (Around, "inner"), (lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6)), "0")],
@@ -330,6 +332,7 @@ def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
     assert len(set(functions[1:])) == 1
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("layers", broad_after(1, [3, 5]))
 def test_layers_that_are_compiled_one_by_one_share_graphs(layers: int) -> None:
     torch.compiler.reset()
@@ -399,6 +402,7 @@ def test_a_hook_on_the_captured_model_is_traced_with_a_warning() -> None:
     close(logits(gm), logits(wrapper), 1e-9, "logits")
 
 
+@pytest.mark.broad
 def test_a_backward_hook_on_the_captured_model_is_warned_of() -> None:
     base = llama(1)
     base.model.layers[0].register_full_backward_pre_hook(lambda module, grad: None)

@@ -115,6 +115,7 @@ def test_parts_follow_their_own_modes_in_each_call(capture: str) -> None:
         require_same(*models)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_a_graph_has_the_modes_that_the_parts_had_before_it_was_captured(capture: str) -> None:
     model = Net()
@@ -173,6 +174,7 @@ def test_layers_that_keep_less_follow_the_modes_of_their_parts(execution: dict[s
         require_same(*models)
 
 
+@pytest.mark.broad
 def test_a_checkpointed_layer_runs_again_in_the_modes_of_its_call() -> None:
     gm, wrapped = adapted(norm=nn.LayerNorm, checkpoint_layers=True)
     put((gm, wrapped), {"": True, "layers.1.linear": False})

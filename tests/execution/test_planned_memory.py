@@ -161,6 +161,7 @@ def test_gradients_of_gradients_are_the_same() -> None:
                 torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.broad
 def test_a_backward_pass_can_be_run_twice() -> None:
     plain = trained(plain_llama, llfx.LoRA(r=2))
     ours = planned(plain, 0.5)
@@ -172,6 +173,7 @@ def test_a_backward_pass_can_be_run_twice() -> None:
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("memory", ["balanced", 0.5])
 def test_a_call_without_a_backward_pass_keeps_nothing(memory: Any) -> None:
     ours = planned(trained(plain_llama, llfx.DoRA(r=2)), memory)
@@ -359,6 +361,7 @@ def test_lazy_conjugates_are_kept() -> None:
         assert any(plan.dropped for plan in llfx.memory_plan(ours))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("writes_input", [True, False])
 def test_graphs_that_overwrite_tensors_keep_all(writes_input: bool) -> None:
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -65,7 +65,7 @@ CONFIGS = {
 WAYS = [(name, "save") for name in CONFIGS] + [(name, "peft") for name, cfg in CONFIGS.items() if type(cfg) is not dict]
 
 
-@pytest.mark.parametrize(("name", "way"), broad_after(4, WAYS, several=True))
+@pytest.mark.parametrize(("name", "way"), broad_after(2, WAYS, several=True))
 def test_a_file_is_loaded_without_a_graph(name: str, way: str, tmp_path: Path) -> None:
     cfg: Any = CONFIGS[name]
     gm, _ = banked(llfx.LoRA(r=8, alpha=5.0, **EVERYWHERE) if isinstance(cfg, dict) else LORA)
@@ -79,6 +79,7 @@ def test_a_file_is_loaded_without_a_graph(name: str, way: str, tmp_path: Path) -
         assert torch.equal(value[[0, 2]], before[key][[0, 2]])
 
 
+@pytest.mark.broad
 def test_a_slot_is_saved_without_a_graph_as_the_adapter_alone(tmp_path: Path) -> None:
     for cfg in (LORA, llfx.DoRA(r=2, **EVERYWHERE)):
         gm, _ = banked(cfg)
@@ -128,6 +129,7 @@ def changed(gm: Any, how: str) -> None:
             weight.copy_(weight.flip(0))  # the sum of all bits stays
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("how", broad_after(2, ["in place", "data", "new data", "another"]))
 def test_other_weights_of_the_base_are_noticed_though_the_former_were_hashed(how: str, tmp_path: Path) -> None:
     model = ResidualMLP(True).double().eval()
@@ -189,7 +191,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(4, MISTAKES))
+@pytest.mark.parametrize("name", broad_after(2, MISTAKES))
 def test_a_file_is_refused_in_the_words_of_load_before_anything_is_written(name: str, tmp_path: Path) -> None:
     make, message = MISTAKES[name]
     gm, _ = banked(LORA)
@@ -206,6 +208,7 @@ def test_a_file_is_refused_in_the_words_of_load_before_anything_is_written(name:
     assert all(torch.equal(value, before[key]) for key, value in values(gm).items())
 
 
+@pytest.mark.broad
 def test_adapters_that_have_no_place_in_the_bank_are_refused(tmp_path: Path) -> None:
     gm, _ = banked(llfx.LoRA(r=2, target_names=("fc_in",)))
     ia3, _ = banked(llfx.IA3(**EVERYWHERE))

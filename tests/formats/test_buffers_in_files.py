@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 from tests.support.statistics import LORA, STATISTICS, X, counted, graph, silent, trained
 from tests.support.untouched import untouched
 
@@ -34,7 +35,7 @@ def wrapped(model: nn.Module) -> Any:
 # Files.
 
 
-@pytest.mark.parametrize("adapt", [as_graph, wrapped])
+@pytest.mark.parametrize("adapt", broad_after(1, [as_graph, wrapped]))
 def test_a_file_brings_the_statistics_back(adapt: Callable[[nn.Module], Any], tmp_path: Path) -> None:
     base, file = counted(), tmp_path / "adapter.safetensors"
     before = base(X)

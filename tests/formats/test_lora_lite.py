@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 D_IN, D_OUT, R, ALPHA = 12, 8, 4, 6.0
@@ -152,7 +153,7 @@ def test_a_lora_lite_file_computes_what_its_formula_says(name: str, tmp_path: Pa
     assert [row.adapters for row in llfx.inspect(gm)] == [(cls.__name__,), ()]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", broad_after(5, FILES))
 def test_what_is_written_is_what_was_read(name: str, tmp_path: Path) -> None:
     write(tmp_path / "first", name)
     llfx.save_lora_lite(llfx.load_lora_lite(base(), tmp_path / "first"), tmp_path / "second")
@@ -180,7 +181,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", broad_after(3, REFUSED))
 def test_what_a_lora_lite_file_cannot_hold_is_refused(what: str, tmp_path: Path) -> None:
     cfg, part = REFUSED[what]
     with pytest.raises(llfx.ConfigError, match=part):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.safetensors_files import check_finite
+from tests.support.selection import broad_after
 
 SAVE: dict[str, Callable[..., None]] = {
     "save": llfx.save,
@@ -46,7 +47,7 @@ def adapted(value: float | None = None, base: nn.Module | None = None) -> fx.Gra
     return gm
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", broad_after(1, [float("nan"), float("inf"), -float("inf")]))
 @pytest.mark.parametrize("how", SAVE)
 def test_it_is_not_saved_and_the_old_file_stays(how: str, value: float, tmp_path: Path) -> None:
     path = tmp_path / "adapter"
@@ -57,7 +58,7 @@ def test_it_is_not_saved_and_the_old_file_stays(how: str, value: float, tmp_path
     assert {file: file.read_bytes() for file in files} == files
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("value", broad_after(1, [float("nan"), -float("inf")]))
 @pytest.mark.parametrize("how", SAVE)
 def test_it_is_saved_and_loaded_if_that_is_asked_for(how: str, value: float, tmp_path: Path) -> None:
     path, gm = tmp_path / "adapter", adapted(value)
@@ -89,6 +90,7 @@ def test_merging_values_that_are_not_finite_is_an_error_that_names_the_site() ->
     assert all(torch.equal(before[name], tensor) or name == "second.lora_B" for name, tensor in gm.state_dict().items())
 
 
+@pytest.mark.broad
 def test_a_result_too_large_for_the_base_is_an_error_that_names_the_site() -> None:
     gm = adapted(3e5, Net().half())
     with pytest.raises(

@@ -55,7 +55,7 @@ HEAVY = ("onnx", "gguf", "executorch", "aoti")
 """Targets whose package is not a part of the extra `test`, or that compile."""
 
 
-@pytest.mark.parametrize("to", broad_after(2, ["pt2", "merged", "vllm", "sglang", "openvino", *HEAVY]))
+@pytest.mark.parametrize("to", broad_after(1, ["pt2", "merged", "vllm", "sglang", "openvino", *HEAVY]))
 def test_what_is_written_is_compared_in_its_runtime(
     to: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

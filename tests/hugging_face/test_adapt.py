@@ -88,6 +88,7 @@ def test_merge_and_remove_give_eager_models_of_the_class(tmp_path: Path) -> None
     assert torch.equal(hf.LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, merged(IDS).logits)
 
 
+@pytest.mark.broad
 def test_inspect_shows_the_sites_and_the_adapters() -> None:
     rows = {row.name: row for row in llfx.inspect(adapted())}
     assert rows["model.layers.0.self_attn.q_proj"].adapters == ("LoRA",)
@@ -96,6 +97,7 @@ def test_inspect_shows_the_sites_and_the_adapters() -> None:
     assert {name: row.roles for name, row in rows.items()} == expected
 
 
+@pytest.mark.broad
 def test_a_copy_has_adapters_of_its_own() -> None:
     model, expected = adapted(), adapted()(IDS).logits
     twin = copy.deepcopy(model)
@@ -117,6 +119,7 @@ def test_a_copy_of_a_module_alone_is_a_module_of_the_same_model() -> None:
     assert twin[0]._graphs is twin[1]._graphs is not model._graphs
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), broad_after(1, [(torch.float64, 1e-4), (torch.bfloat16, 5e-2)], several=True)
 )
@@ -235,6 +238,7 @@ def test_a_pipeline_generates() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.broad
 def test_a_transform_takes_calls_that_were_made_before_and_refuses_others_by_name() -> None:
     model = llfx.adapt(one_layer_llama().double(), llfx.LoRA(r=2))
     randomise(model, 0)
@@ -267,6 +271,7 @@ def test_torch_compile_compiles_the_graphs() -> None:
     assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("tied", broad_after(1, [True, False]))
 def test_embeddings_are_resized_before_and_after_a_call(tied: bool) -> None:
     model = hf.LlamaForCausalLM(tiny_llama(tie_word_embeddings=tied)).eval()

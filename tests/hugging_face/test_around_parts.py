@@ -66,6 +66,7 @@ def test_an_adapter_in_a_module_that_is_called_acts_in_a_call_with_labels() -> N
     assert outputs.loss > 0
 
 
+@pytest.mark.broad
 def test_an_adapter_whose_module_is_read_and_not_called_is_seen_at_the_start() -> None:
     model = adapted("first", "out_proj")
     before = llfx.adapter_state_dict(model)

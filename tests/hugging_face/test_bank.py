@@ -92,6 +92,7 @@ def test_training_through_the_adapted_model() -> None:
         assert not torch.equal(value[2], before[name][2])
 
 
+@pytest.mark.broad
 def test_a_call_without_ids_is_an_error() -> None:
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3))
     missing = "adapter_ids is missing: the model has a bank"

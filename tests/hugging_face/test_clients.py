@@ -169,6 +169,7 @@ def test_what_would_pass_by_the_adapters_is_refused_or_captured_anew() -> None:
     assert_close(adapted(**INPUTS).sample, wrapped(**INPUTS).sample)
 
 
+@pytest.mark.broad
 def test_a_trainer_takes_an_adapted_model_whose_base_was_quantized() -> None:
     from transformers.trainer_utils import validate_quantization_for_training
 

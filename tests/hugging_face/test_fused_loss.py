@@ -70,6 +70,7 @@ def test_loss_and_gradients_are_those_of_the_logits(name: str) -> None:
     assert not any(isinstance(value, Tensor) for value in more)
 
 
+@pytest.mark.broad
 def test_evaluation_generation_and_calls_without_labels_are_as_ever() -> None:
     fused, plain = models()
     for training, call in ((True, {"input_ids": IDS}), (False, CALLS["labels"]), (False, {"input_ids": IDS})):

@@ -197,6 +197,7 @@ def test_a_batch_of_one_and_of_many_take_the_same_graph() -> None:
     assert len(adapted.graphs) == 1
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, slow_unless("bart".__ne__, ["llama", "gpt2", "t5", "bart"])))
 def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
     """Check that an encoder-decoder takes two graphs, because its first token also caches the encoder's result."""

@@ -322,6 +322,7 @@ def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
     assert not torch.allclose(result.loss, before)
 
 
+@pytest.mark.broad
 def test_what_a_graph_does_not_hold_is_not_a_change(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     expected = model(IDS).logits
@@ -341,6 +342,7 @@ def test_what_a_graph_does_not_hold_is_not_a_change(caplog: pytest.LogCaptureFix
     assert not [record for record in caplog.messages if "captured" in record]
 
 
+@pytest.mark.broad
 def test_a_forward_that_is_put_on_a_module_inside_is_told_of_once() -> None:
     model = adapted()
     expected = model(IDS).logits
@@ -381,6 +383,7 @@ def test_a_scope_of_frozen_sees_changes_from_before_it() -> None:
         assert same(model(IDS).logits, plain(IDS).logits)
 
 
+@pytest.mark.broad
 def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
     model, calls = adapted(), []
     expected = model(IDS).logits

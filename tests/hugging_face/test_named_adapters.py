@@ -27,6 +27,7 @@ def adapted_by(spec: Any) -> Any:
     return model
 
 
+@pytest.mark.broad
 def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by(
@@ -136,6 +137,7 @@ def test_a_later_capture_has_the_adapters_of_then() -> None:
     torch.testing.assert_close(model(PROMPT).logits, expected)
 
 
+@pytest.mark.broad
 def test_the_model_of_a_graph_follows_its_switches() -> None:
     model = base()
     gm = llfx.rewrite(model, {"fr": llfx.LoRA(r=2), "de": llfx.IA3()})

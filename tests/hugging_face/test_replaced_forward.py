@@ -98,6 +98,7 @@ def test_numbers_that_vary_from_call_to_call_share_one_graph() -> None:
     assert model._graphs.captures == before + 1
 
 
+@pytest.mark.broad
 def test_stop_strings_stay_with_generate() -> None:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:32]
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))

@@ -121,6 +121,7 @@ def test_a_graph_and_the_model_that_is_made_of_it_train_the_same_statistics(tmp_
     assert torch.equal(logits(llfx.remove(model)), logits(base))
 
 
+@pytest.mark.broad
 def test_a_frozen_model_with_changed_statistics_is_told_of() -> None:
     _, model = adapted()
     with pytest.warns(UserWarning, match="Without its adapters the model is not the base"), model.disable_adapter():

@@ -94,6 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Data.
 
 
+@pytest.mark.broad
 def test_the_data_are_the_rows_and_go_through_json(adapted: SiteTable) -> None:
     data = json.loads(json.dumps(adapted.to_dict()))
     assert (data["model"], data["parameters"], data["trainable"]) == (

@@ -39,7 +39,7 @@ def close_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("cfg", broad_after(1, VARIANTS), ids=lambda cfg: type(cfg).__name__)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", broad_after(2, PROGRAMS))
 def test_a_program_computes_what_the_model_computes(cfg: llfx.Variant, name: Program) -> None:
     gm = run_as(adapted(cfg, blocks=PAIR), Execution(checkpoint_layers=name == "checkpointed"))
     program = llfx.program(gm, name)

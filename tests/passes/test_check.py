@@ -174,6 +174,7 @@ WRONG: dict[str, tuple[GraphPass, str]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("mistake", broad_after(3, WRONG))
 def test_the_first_wrong_pass_is_named_with_how_far_off(mistake: str) -> None:
     wrong, message = WRONG[mistake]

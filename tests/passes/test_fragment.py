@@ -238,7 +238,7 @@ def test_noise_in_the_form_of_the_message_is_that_of_wrap(form: str, deep: tuple
 SHAPES = ((WIDTH,), (3, WIDTH), (2, 3, WIDTH), (2, 1, 3, WIDTH))
 
 
-@pytest.mark.parametrize("form", ["shape", "dim", "unpacked"])
+@pytest.mark.parametrize("form", broad_after(1, ["shape", "dim", "unpacked"]))
 def test_a_forward_for_one_number_of_dimensions_is_refused_without_example_inputs(form: str) -> None:
     model = Deep()
     cfg = ByHead(form=form, target_names="layers.1")

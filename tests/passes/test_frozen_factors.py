@@ -40,6 +40,7 @@ def test_a_frozen_first_factor_takes_less_than_a_trained_one(cls: Any, dropout: 
     assert ours < plain
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("memory", broad_after(1, ["fast", "balanced", 0.5]))
 def test_it_does_with_plans_of_memory_too(memory: Any) -> None:
     frozen = llfx.LoRA(r=8, train_A=False, **EVERYWHERE)

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("bias", broad_after(1, [False, True]))
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA"])
+@pytest.mark.parametrize("name", broad_after(2, ["LoRA", "DoRA", "DeLoRA"]))
 def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     gm = derived(adapted_llama(name, bias=bias), TRAINING)
     products = gathered(gm)
@@ -34,6 +34,7 @@ def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     assert set(scaled) == {name == "DoRA" and not bias}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("dtype", broad_after(1, [torch.bfloat16, torch.float64]), ids=str)
 def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved(dtype: torch.dtype) -> None:
     gm = llfx.rewrite(llama(dtype)[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()

@@ -23,10 +23,8 @@ from lora_lite_fx.passes.adaptation import fragment
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import check_rewrite_equals_wrap
 from tests.support.models import Attention, GatedMLP, Net, ids
-from tests.support.programs import (
-    after,
-    count,
-)
+from tests.support.programs import after, count
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 
@@ -145,11 +143,15 @@ class Looking(llfx.LoRA):
 
 @pytest.mark.parametrize(
     ("cfg", "traces"),
-    [
-        (llfx.LoRA(r=2, target_roles=("attention",)), 1),
-        (llfx.LoRA(r=2, target_roles=("attention",), dropout=0.3), 2),
-        (Looking(r=2, target_roles=("attention",)), 2 * 4),
-    ],
+    broad_after(
+        2,
+        [
+            (llfx.LoRA(r=2, target_roles=("attention",)), 1),
+            (llfx.LoRA(r=2, target_roles=("attention",), dropout=0.3), 2),
+            (Looking(r=2, target_roles=("attention",)), 2 * 4),
+        ],
+        several=True,
+    ),
     ids=["neither", "mode", "both"],
 )
 def test_sites_of_one_size_share_a_trace_unless_the_variant_looks_at_the_site_or_the_mode(

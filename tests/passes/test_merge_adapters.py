@@ -236,6 +236,7 @@ def test_any_function_of_the_rows_of_an_embedding_merges() -> None:
         llfx.merge(llfx.rewrite(model, Bottleneck(target_kinds="embedding")))
 
 
+@pytest.mark.broad
 def test_an_adapted_hugging_face_model_refuses_too_and_stays_as_it_is() -> None:
     adapted = llfx.adapt(one_layer_llama(), Gate(target_roles="gate"))
     ids = torch.arange(6).reshape(2, 3)

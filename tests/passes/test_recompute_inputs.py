@@ -66,6 +66,7 @@ def test_the_reason_is_a_write_or_dropout() -> None:
     assert reasons(after(gm, RecomputeInputs())[1]) == expected
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("name", "most"), broad_after(1, [("LoRA", 1.1), ("DeLoRA", 1.1), ("DoRA", 1.4)], several=True)
 )

@@ -85,6 +85,7 @@ def test_the_command_line_answers_without_torch(options: list[str], status: int,
     assert not {"torch", "lora_lite_fx.adapters", "lora_lite_fx.inspection"} & imported
 
 
+@pytest.mark.broad
 def test_the_command_line_has_all_public_names_when_it_imports_a_users_module(tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(
         "import types, lora_lite_fx as llfx\n"
@@ -127,6 +128,7 @@ def test_a_function_stays_in_front_of_the_wing_of_its_name(name: str) -> None:
     assert getattr(llfx, name) is function
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "first",
     broad_after(

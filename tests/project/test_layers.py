@@ -179,7 +179,7 @@ def test_private_names_stay_in_their_module() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "check"),
     broad_after(
-        3,
+        1,
         [
             ("graph/tensors.py", "from ..adapters.variant import Variant", upward),
             ("graph/tensors.py", "    from ..adapters import variant", upward),

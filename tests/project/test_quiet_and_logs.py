@@ -454,6 +454,7 @@ def test_shared_parameters_count_once_and_frozen_ones_do_not_train(capsys: pytes
     assert capsys.readouterr().out.startswith("trainable params: 0 ||")
 
 
+@pytest.mark.broad
 def test_repr_of_an_adapted_model_shows_the_adapters() -> None:
     size = sum(p.numel() for p in llfx.adapter_parameters(chat()))
     first, second, *_ = repr(chat()).splitlines()
@@ -461,6 +462,7 @@ def test_repr_of_an_adapted_model_shows_the_adapters() -> None:
     assert second == f"  LoRA(r=2, alpha=16) at 7 sites, {size:,} parameters"
 
 
+@pytest.mark.broad
 def test_a_graph_prints_its_short_form() -> None:
     gm = rewritten("llama")
     size, total = (sum(p.numel() for p in each) for each in (llfx.adapter_parameters(gm), gm.parameters()))

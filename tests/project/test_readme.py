@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 FOLDERS = ("lora_lite_fx", "passes", "tests", "examples", "docs", ".github")
 # The link lora_lite_fx/passes is not followed, so that each page is found once.
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-EVERY_DAY = {README, ROOT / "docs/ladder/first_adapter.md", ROOT / "docs/how_to/any_module.md"}
+EVERY_DAY = {README, ROOT / "docs/how_to/any_module.md"}
 """The pages whose code runs every day; that of the others runs in the broad tier."""
 RESULTS = ROOT / "examples/results"
 

@@ -127,9 +127,8 @@ def test_each_request_has_its_adapter_and_mistakes_are_told(engine: Any, adapter
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("clients", "turns"), [(4, 4), pytest.param(12, 40, marks=pytest.mark.broad)], ids=["some", "many"]
-)
+@pytest.mark.broad
+@pytest.mark.parametrize(("clients", "turns"), [(4, 4), (12, 40)], ids=["some", "many"])
 def test_nothing_is_lost_while_adapters_are_replaced_and_removed(
     engine: Any, adapters: Any, clients: int, turns: int
 ) -> None:

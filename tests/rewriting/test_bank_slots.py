@@ -48,6 +48,7 @@ def test_a_slot_goes_to_a_file_and_back_to_the_bit(cfg: llfx.Variant, tmp_path: 
     assert "slots" not in llfx.adapters(alone)[0].fields
 
 
+@pytest.mark.broad
 def test_a_bank_of_lora_takes_what_has_a_smaller_rank_at_fewer_sites(tmp_path: Path) -> None:
     gm, _ = banked(llfx.LoRA(r=4, alpha=3.0, **EVERYWHERE))
     _, graph = stack(ResidualMLP)
@@ -67,6 +68,7 @@ def test_a_bank_of_lora_takes_what_has_a_smaller_rank_at_fewer_sites(tmp_path: P
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.broad
 def test_a_bank_of_another_variant_takes_its_own_config_alone() -> None:
     gm, _ = banked(llfx.IA3(**EVERYWHERE))
     _, graph = stack(ResidualMLP)
@@ -79,6 +81,7 @@ def test_a_bank_of_another_variant_takes_its_own_config_alone() -> None:
             llfx.put_slot(gm, 0, llfx.rewrite(graph, other))
 
 
+@pytest.mark.broad
 def test_a_slot_starts_anew_and_the_others_stay() -> None:
     for cfg in (llfx.LoRA(r=2, **EVERYWHERE), llfx.DoRA(r=2, **EVERYWHERE)):
         gm, model = banked(cfg)
@@ -103,6 +106,7 @@ def test_slots_start_as_single_adapters_do_and_each_by_itself() -> None:
     assert not torch.equal(drawn["0.fc_in.lora_A"][0], drawn["0.fc_in.lora_A"][1])
 
 
+@pytest.mark.broad
 def test_slots_of_a_named_bank_beside_another() -> None:
     _, graph = stack(ResidualMLP)
     banks = {"small": llfx.Bank(llfx.LoRA(r=1, **EVERYWHERE), 2), "large": llfx.Bank(llfx.LoRA(r=3, **EVERYWHERE), 4)}
@@ -120,13 +124,17 @@ def test_slots_of_a_named_bank_beside_another() -> None:
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda gm, plain: llfx.take_slot(gm, 3), "3 is not a slot of 'default', which has 3: 0 to 2."),
-        (lambda gm, plain: llfx.reset_slot(gm, -1), "-1 is not a slot of 'default'"),
-        (lambda gm, plain: llfx.take_slot(gm, True), "True is not a slot of 'default'"),
-        (lambda gm, plain: llfx.take_slot(plain, 0), "'default' is not a bank; the model has default."),
-        (lambda gm, plain: llfx.take_slot(gm, 0, adapter="fr"), "The model has no adapter 'fr'"),
-    ],
+    broad_after(
+        2,
+        [
+            (lambda gm, plain: llfx.take_slot(gm, 3), "3 is not a slot of 'default', which has 3: 0 to 2."),
+            (lambda gm, plain: llfx.reset_slot(gm, -1), "-1 is not a slot of 'default'"),
+            (lambda gm, plain: llfx.take_slot(gm, True), "True is not a slot of 'default'"),
+            (lambda gm, plain: llfx.take_slot(plain, 0), "'default' is not a bank; the model has default."),
+            (lambda gm, plain: llfx.take_slot(gm, 0, adapter="fr"), "The model has no adapter 'fr'"),
+        ],
+        several=True,
+    ),
 )
 def test_mistakes(call: Any, message: str) -> None:
     gm, _ = banked(llfx.LoRA(r=2, **EVERYWHERE))

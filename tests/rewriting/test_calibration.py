@@ -153,6 +153,7 @@ def test_redistributed_ranks_follow_the_largest_shares_of_variance() -> None:
     assert torch.equal(gm(x), net(x))
 
 
+@pytest.mark.broad
 def test_a_site_that_wins_no_component_is_left_alone() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, 20, dtype=F64), nn.Linear(20, 20, dtype=F64))
     with torch.no_grad():  # Put the inputs of the second on one line, so that all but one of its shares are zero.
@@ -200,6 +201,7 @@ def test_padding_does_not_change_the_statistics() -> None:
             assert not torch.allclose(tensor.abs(), llfx.adapter_state_dict(full)[name].abs(), atol=1e-3)
 
 
+@pytest.mark.broad
 def test_tokens_without_a_label_do_not_count_if_asked_for() -> None:
     ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -270,6 +272,7 @@ class Steer(llfx.Variant):
         return y
 
 
+@pytest.mark.broad
 def test_an_observer_of_two_arguments_gets_the_batch_its_mask_and_the_call() -> None:
     base = llama()
     ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -290,6 +293,7 @@ def test_an_observer_of_two_arguments_gets_the_batch_its_mask_and_the_call() -> 
     assert torch.allclose(gm.get_buffer("model.layers.0.mlp.down_proj.lora_v"), weight @ ends, atol=1e-6)
 
 
+@pytest.mark.broad
 def test_arguments_by_position_have_the_names_of_the_model() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Looks(llfx.EVA):
@@ -312,6 +316,7 @@ def test_arguments_by_position_have_the_names_of_the_model() -> None:
 # AntiPaSTO.
 
 
+@pytest.mark.broad
 def test_calibrated_antipasto_keeps_the_directions_that_are_large_in_weight_and_inputs() -> None:
     net, batches = model(), data(6, 3)
     gm = llfx.rewrite(net, llfx.AntiPaSTO(r=4, target_names=("0",)), calibration=batches)

@@ -106,6 +106,7 @@ CASES: dict[str, tuple[Callable[[], Any], llfx.Variant, dict[str, Tensor]]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, CASES))
 def test_a_merged_graph_is_saved_as_its_model(name: str, tmp_path: Path) -> None:
     build, cfg, inputs = CASES[name]
@@ -166,6 +167,7 @@ def gguf_folder(path: Path) -> Path:
     return path
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("adapted", broad_after(1, [True, False]))
 def test_a_base_from_gguf_can_be_saved_merged(adapted: bool, tmp_path: Path) -> None:
     folder = gguf_folder(tmp_path)
@@ -254,6 +256,7 @@ def test_a_bias_that_the_class_lacks_is_not_lost_silently(tmp_path: Path) -> Non
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.broad
 def test_mistakes_are_told(tmp_path: Path) -> None:
     model = llama()
     gm: Any = llfx.rewrite(model, llfx.LoRA(r=2))

@@ -197,6 +197,7 @@ def test_deleting_what_acts_warns_and_leaves_the_base() -> None:
     assert not any("_fr" in name for name in gm.state_dict())
 
 
+@pytest.mark.broad
 def test_a_file_of_several_adapters_is_read_whole_or_under_another_name(tmp_path: Path) -> None:
     gm, base = named("fr", "de")
     llfx.save(gm, tmp_path / "both")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.process import default_dtype, deterministic
-from tests.support.selection import slow_after
+from tests.support.selection import broad_after, slow_after
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_names=("fc",))
@@ -75,7 +75,7 @@ def test_a_mode_of_the_capture_is_not_one_of_calls(mode: Any, inputs: Any) -> No
     assert all(parameter.grad is not None for parameter in llfx.adapter_parameters(gm))
 
 
-@pytest.mark.parametrize("inputs", [(X,), None], ids=["exported", "traced"])
+@pytest.mark.parametrize("inputs", broad_after(1, [(X,), None]), ids=["exported", "traced"])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_a_mode_of_the_call_acts_as_in_the_wrapped_model(mode: Any, inputs: Any) -> None:
     base = Plain()
@@ -89,7 +89,7 @@ def test_a_mode_of_the_call_acts_as_in_the_wrapped_model(mode: Any, inputs: Any)
     assert torch.allclose(actual, expected, atol=0.02 if mode is MODES["autocast"] else 1e-6)
 
 
-@pytest.mark.parametrize("kind", [Zeros, Divides, Constant])
+@pytest.mark.parametrize("kind", broad_after(1, [Zeros, Divides, Constant]))
 def test_a_graph_that_depends_on_the_default_dtype_refuses_another(kind: type[Plain]) -> None:
     for capture_in, call_in in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
         with default_dtype(capture_in):

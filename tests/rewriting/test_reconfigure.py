@@ -53,6 +53,7 @@ def test_a_model_with_another_alpha_is_that_of_a_config_with_it(how: Any, cfg: A
         assert changed.get_parameter(name) is tensor or not tensor.requires_grad
 
 
+@pytest.mark.broad
 def test_an_optimizer_goes_on_and_a_file_has_the_new_config(tmp_path: Path) -> None:
     model = made(llfx.rewrite).train()
     optimizer = torch.optim.SGD(llfx.adapter_parameters(model), lr=0.1)
@@ -69,6 +70,7 @@ def test_an_optimizer_goes_on_and_a_file_has_the_new_config(tmp_path: Path) -> N
     assert torch.allclose(llfx.merge(changed)(X), changed(X), atol=1e-5)
 
 
+@pytest.mark.broad
 def test_one_of_several_adapters_is_chosen_by_its_index() -> None:
     cfgs = [llfx.IA3(target_names="."), LORA, replace(LORA, alpha=1.0)]
     model = made(llfx.rewrite, cfgs)
@@ -78,6 +80,7 @@ def test_one_of_several_adapters_is_chosen_by_its_index() -> None:
     assert torch.equal(llfx.remove(changed)(X), Net()(X))
 
 
+@pytest.mark.broad
 def test_what_started_from_data_needs_none_again() -> None:
     model = llfx.rewrite(Net(), llfx.EVA(r=2, target_names="."), calibration=[(X,)])
     randomise(model, 2)
@@ -140,7 +143,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 def test_what_would_lose_values_is_refused(how: Any, mistake: str) -> None:
     fields, message = MISTAKES[mistake]
     with pytest.raises(llfx.ConfigError) as caught:

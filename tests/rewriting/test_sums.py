@@ -105,6 +105,7 @@ def test_what_has_a_low_rank_by_construction_keeps_it(make: Callable[[int], Vari
     assert config.r <= 4
 
 
+@pytest.mark.broad
 def test_adapters_that_act_together_and_are_scaled_become_one_lora() -> None:
     gm, _ = two(llfx.DoRA(r=2, **EVERYWHERE), llfx.HRA(r=2, **EVERYWHERE))
     with llfx.scaled(gm, {"one": 0.5, "two": -1}):
@@ -176,20 +177,24 @@ def test_save_peft_writes_any_change_of_low_rank_as_lora(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda gm: llfx.combine(gm, {"it": 1}, "sum"), "no adapter 'it'"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "two"), "an adapter 'two' already"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "a.b"), "of letters, digits and underscores"),
-        (lambda gm: llfx.combine(gm, {"one": float("nan")}, "sum"), "a finite number"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method=cast(Any, "mean")), "the methods are linear"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method="ties"), "takes the rank to keep"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method="ties", r=2, density=0), "density"),
-        (lambda gm: llfx.combine(gm, {"one": 1}, "sum", r=0), "a positive integer"),
-        (lambda gm: llfx.combine(gm, {"one": 0}, "sum"), "No adapter acts"),
-        (lambda gm: llfx.to_lora(gm, adapter="it"), "no adapter 'it'"),
-        (lambda gm: llfx.to_lora(gm, -1), "a positive integer"),
-        (lambda gm: llfx.to_lora(llfx.remove(gm)), "has no adapters"),
-    ],
+    broad_after(
+        4,
+        [
+            (lambda gm: llfx.combine(gm, {"it": 1}, "sum"), "no adapter 'it'"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "two"), "an adapter 'two' already"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "a.b"), "of letters, digits and underscores"),
+            (lambda gm: llfx.combine(gm, {"one": float("nan")}, "sum"), "a finite number"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method=cast(Any, "mean")), "the methods are linear"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method="ties"), "takes the rank to keep"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "sum", method="ties", r=2, density=0), "density"),
+            (lambda gm: llfx.combine(gm, {"one": 1}, "sum", r=0), "a positive integer"),
+            (lambda gm: llfx.combine(gm, {"one": 0}, "sum"), "No adapter acts"),
+            (lambda gm: llfx.to_lora(gm, adapter="it"), "no adapter 'it'"),
+            (lambda gm: llfx.to_lora(gm, -1), "a positive integer"),
+            (lambda gm: llfx.to_lora(llfx.remove(gm)), "has no adapters"),
+        ],
+        several=True,
+    ),
 )
 def test_bad_sums_are_refused_and_change_nothing(call: Callable[[Any], Any], message: str) -> None:
     gm, _ = two(llfx.LoRA(r=2, **EVERYWHERE), llfx.LoRA(r=3, **EVERYWHERE))
@@ -199,6 +204,7 @@ def test_bad_sums_are_refused_and_change_nothing(call: Callable[[Any], Any], mes
     assert (str(llfx.adapters(gm)), str(gm.graph)) == before
 
 
+@pytest.mark.broad
 def test_adapters_that_are_all_off_are_no_lora_and_leave_a_room_empty() -> None:
     gm, base = two(llfx.LoRA(r=2, **EVERYWHERE), llfx.LoRA(r=3, **EVERYWHERE))
     room = llfx.rewrite(base, llfx.LoRA(r=8, **EVERYWHERE), (ids(2, 5),))

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 D = 8
 
@@ -115,12 +116,15 @@ def test_more_than_what_is_adapted_is_one_warning_that_names_how_to_target_it() 
 
 @pytest.mark.parametrize(
     "cfg",
-    [
-        llfx.LoRA(r=2, target_roles=("attention", "mlp")),
-        llfx.LoRA(r=2, target_names=("up", "down")),
-        llfx.LoRA(r=2, exclude_names=("mixer",)),
-        [llfx.LoRA(r=2), llfx.LoRA(r=2, target_names=("mixer$",))],
-    ],
+    broad_after(
+        1,
+        [
+            llfx.LoRA(r=2, target_roles=("attention", "mlp")),
+            llfx.LoRA(r=2, target_names=("up", "down")),
+            llfx.LoRA(r=2, exclude_names=("mixer",)),
+            [llfx.LoRA(r=2), llfx.LoRA(r=2, target_names=("mixer$",))],
+        ],
+    ),
 )
 def test_what_the_user_has_decided_is_not_warned_about(cfg: llfx.LoRA | list[llfx.LoRA]) -> None:
     _, base = model_and_base()

@@ -15,6 +15,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.capture_model import origin_of
 from tests.rewriting.test_unadapted import logged, warned
 from tests.support.captured import captured
+from tests.support.selection import broad_after
 
 hf: Any = transformers
 SIZES: dict[str, Any] = {
@@ -89,12 +90,16 @@ def test_experts_that_are_no_sites_are_named_with_the_reason() -> None:
 
 @pytest.mark.parametrize(
     ("cfg", "lines"),
-    [
-        (llfx.LoRA(r=2, target_roles=("attention", "mlp")), 1),
-        (llfx.LoRA(r=2, target_roles="attention"), 0),
-        (llfx.LoRA(r=2, target_names="_proj"), 1),
-        (llfx.LoRA(r=2, target_names="_attn"), 0),
-    ],
+    broad_after(
+        1,
+        [
+            (llfx.LoRA(r=2, target_roles=("attention", "mlp")), 1),
+            (llfx.LoRA(r=2, target_roles="attention"), 0),
+            (llfx.LoRA(r=2, target_names="_proj"), 1),
+            (llfx.LoRA(r=2, target_names="_attn"), 0),
+        ],
+        several=True,
+    ),
 )
 def test_experts_that_a_user_has_decided_on_are_a_line_of_the_log_at_most(cfg: Any, lines: int) -> None:
     graph = captured(moe)[1]
@@ -127,6 +132,7 @@ def test_inspect_has_a_footer_of_what_default_targets_leave_out() -> None:
     ]
 
 
+@pytest.mark.broad
 def test_a_head_that_was_drawn_at_random_is_a_warning_with_the_way_to_train_it() -> None:
     graph = captured(classifier)[1]
     (message,) = warned(lambda: llfx.rewrite(graph, llfx.LoRA(r=2, layers=0)))

@@ -174,6 +174,7 @@ class Counting(nn.Module):
         return y
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("training", [False, True])
 def test_what_a_run_writes_to_is_as_before(training: bool) -> None:
     model = chain(linear, Counting).train(training)

@@ -53,7 +53,7 @@ def sites_of(name: str) -> list[Site]:
 # Roles.
 
 
-@pytest.mark.parametrize("name", broad_unless(lambda name: name in ("llama", "bert"), NAMES))
+@pytest.mark.parametrize("name", broad_unless("llama".__eq__, NAMES))
 def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
     sites = sites_of(name)
     assert {site.name: set(site.roles) for site in sites} == ARCHITECTURES[name].table()

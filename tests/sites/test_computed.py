@@ -163,7 +163,7 @@ CASES += [(name, False, llfx.DoRA) for name in MODULES if name not in OPAQUE_WHE
 
 
 @pytest.mark.parametrize(
-    ("name", "exported", "cls"), broad_unless(lambda case: case[2] is llfx.LoRA, CASES, several=True)
+    ("name", "exported", "cls"), broad_unless(lambda case: case[1] and case[2] is llfx.LoRA, CASES, several=True)
 )
 def test_adapters_there_equal_the_wrapper_and_can_be_merged_removed_and_saved(
     name: str, exported: bool, cls: type[llfx.Variant]
@@ -230,6 +230,7 @@ class Twice(nn.Module):
         return torch.tanh(F.linear(h, self.weight)) + F.linear(h, self.weight * self.scale)
 
 
+@pytest.mark.broad
 def test_two_forms_of_a_weight_are_two_sites_and_two_calls_of_a_module_are_one() -> None:
     model = Twice().double().eval()
     base = llfx.capture(model, (X,))

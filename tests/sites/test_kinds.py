@@ -228,7 +228,7 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cls", by_tier(VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(2, by_tier(VARIANTS)), ids=lambda cls: cls.__name__)
 def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant], case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)
@@ -249,7 +249,7 @@ def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant]
     assert {name for name, p in gm.named_parameters() if p.requires_grad} == set(grads)
 
 
-@pytest.mark.parametrize("case", ["embedding", "conv1d", "conv2d"])
+@pytest.mark.parametrize("case", broad_after(2, ["embedding", "conv1d", "conv2d"]))
 @pytest.mark.parametrize(
     "cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.PiSSA, llfx.VeRA]), ids=lambda cls: cls.__name__
 )
@@ -271,6 +271,7 @@ def test_the_rewritten_graph_equals_the_eager_wrapper(cls: type[llfx.Variant], c
                 close(grad, expected[name], 1e-9, name)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("case", broad_after(2, CASES))
 def test_stacks_are_saved_exported_and_removed(case: str) -> None:
     kind = CASES[case]
@@ -286,7 +287,7 @@ def test_stacks_are_saved_exported_and_removed(case: str) -> None:
         close(output(fast, (kind.other,)), output(gm, (kind.other,)), 1e-9, "compiled")
 
 
-@pytest.mark.parametrize("case", ["embedding", "conv1d", "conv2d", "batched experts"])
+@pytest.mark.parametrize("case", broad_after(2, ["embedding", "conv1d", "conv2d", "batched experts"]))
 def test_symbolic_tracing_finds_the_same_sites(case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)
@@ -424,7 +425,7 @@ def test_one_module_with_several_weights_has_a_site_for_each() -> None:
     check_export(gm, (x[:2],), (x,), 1e-9)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", broad_after(2, CASES))
 def test_products_written_with_matmul_are_those_of_linear_at_every_kind(case: str) -> None:
     model, base = model_and_base(case)
     with registered(PlainLoRA):
@@ -440,7 +441,7 @@ def test_products_written_with_matmul_are_those_of_linear_at_every_kind(case: st
             close(wrapped(x), graphs[1](x), 1e-12, "outputs of the wrapper")
 
 
-@pytest.mark.parametrize("case", ["embedding", "conv1d", "batched experts"])
+@pytest.mark.parametrize("case", broad_after(1, ["embedding", "conv1d", "batched experts"]))
 def test_a_plain_forward_is_right_at_every_kind_in_half_precision(case: str) -> None:
     model = CASES[case].model().bfloat16()
     traced = CASES[case].traced

@@ -118,6 +118,7 @@ def test_lora_is_the_model_with_its_update_added_to_the_weights(name: str) -> No
         close(grads[f"{site}.lora_A"], 3 * b.mT @ grad, 1e-5, f"gradient of {site}.lora_A")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, MODELS))
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.PiSSA, llfx.IA3], ids=lambda cls: cls.__name__)
 def test_merged_weights_run_in_the_model_itself(name: str, cls: type[llfx.Variant]) -> None:

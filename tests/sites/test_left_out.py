@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 D = 8
 X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
@@ -188,7 +189,7 @@ def base_of(name: str) -> fx.GraphModule:
     return llfx.capture(kind().eval(), (X,) if exported else None)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(8, CASES))
 def test_a_weight_that_is_not_a_site_is_listed_with_the_reason(name: str) -> None:
     _, _, names, kind, reason = CASES[name]
     table = llfx.inspect(base_of(name), kinds=("linear", "conv"))

@@ -99,7 +99,7 @@ def test_one_weight_in_two_orientations_is_two_sites(
         llfx.wrap(model, cfg, (x,))
 
 
-@pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
+@pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("cls", broad_after(2, VARIANTS))
 def test_a_weight_at_the_root_is_a_site(cls: type[llfx.Variant], exported: bool, tmp_path: Path) -> None:
     model = nn.Linear(8, 12).double().eval()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from tests.sites.test_roles_blocks import CLASSES, INNER, WIDTH, both_captures, fused, join_heads, split_heads
 from tests.sites.test_roles_of_models import check_table
+from tests.support.selection import broad_after
 
 RANK, EXPERTS = 4, 3
 
@@ -206,7 +207,7 @@ BLOCKS: dict[str, tuple[Callable[[], Block], str]] = {
 
 
 @both_captures
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", broad_after(5, BLOCKS))
 def test_block_has_the_roles_of_its_table(name: str, exported: bool) -> None:
     build, golden = BLOCKS[name]
     inputs = (torch.randn(2, 3, WIDTH),) if exported else None

@@ -200,6 +200,7 @@ layers.{0}.mlp.down         down writer              12   8
 HEAD = "head head reader 8 5"
 
 
+@pytest.mark.broad
 @both_captures
 def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> None:
     layer = Layer()

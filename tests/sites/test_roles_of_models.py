@@ -202,7 +202,7 @@ def build(name: str, attention: str = "sdpa", **changes: Any) -> Any:
 @pytest.mark.parametrize(
     "case",
     broad_after(
-        3,
+        1,
         slow_unless(
             lambda it: it[1] == "sdpa" or it[0] in ("llama", "gemma2"), itertools.product(MODELS, ["sdpa", "eager"])
         ),
@@ -238,48 +238,52 @@ def two_layers() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("targets", "expected"),
-    [
-        ({}, _ATTENTION | _MLP),
-        ({"target_roles": "attention"}, _ATTENTION),
-        ({"target_roles": ("mlp",)}, _MLP),
-        ({"target_roles": ("query",)}, _QUERIES),
-        ({"target_roles": ("query", "mlp")}, _QUERIES | _MLP),
-        ({"target_roles": ("head",)}, _HEAD),
-        ({"target_roles": ("head", "down")}, _HEAD | {"0.fc2", "1.fc2"}),
-        ({"target_roles": ("reader", "writer", "inner")}, _ATTENTION | _MLP),
-        ({"target_names": "q_proj"}, _QUERIES),
-        (
-            {"target_names": (r"\.1\..*[qk]_proj$", "fc2")},
-            {"1.self_attn.q_proj", "1.self_attn.k_proj", "0.fc2", "1.fc2"},
-        ),
-        ({"target_names": (".",)}, _ATTENTION | _MLP | _HEAD),
-        ({"target_names": ("^lm_head$",)}, _HEAD),
-        ({"exclude_names": "self_attn"}, _MLP),
-        (
-            {"exclude_names": (r"\.0\.", "out_proj$")},
-            {n for n in _ATTENTION | _MLP if n[0] == "1" and "out" not in n},
-        ),
-        ({"layers": 1}, {n for n in _ATTENTION | _MLP if n[0] == "1"}),
-        ({"layers": (0, 1, 7)}, _ATTENTION | _MLP),
-        ({"layers": (1,), "target_roles": ("mlp",)}, {"1.fc1", "1.fc2"}),
-        (
-            {"target_names": ("proj",), "target_roles": ("key", "up")},
-            {"0.self_attn.k_proj", "1.self_attn.k_proj"},
-        ),
-        (
-            {
-                "target_names": ("fc", "q_"),
-                "target_roles": ("reader",),
-                "layers": (0,),
-                "exclude_names": ("q_",),
-            },
-            {"0.fc1"},
-        ),
-        (
-            {"target_names": (".",), "target_roles": ("reader",), "layers": (1,), "exclude_names": ("attn",)},
-            {"1.fc1"},
-        ),
-    ],
+    broad_after(
+        6,
+        [
+            ({}, _ATTENTION | _MLP),
+            ({"target_roles": "attention"}, _ATTENTION),
+            ({"target_roles": ("mlp",)}, _MLP),
+            ({"target_roles": ("query",)}, _QUERIES),
+            ({"target_roles": ("query", "mlp")}, _QUERIES | _MLP),
+            ({"target_roles": ("head",)}, _HEAD),
+            ({"target_roles": ("head", "down")}, _HEAD | {"0.fc2", "1.fc2"}),
+            ({"target_roles": ("reader", "writer", "inner")}, _ATTENTION | _MLP),
+            ({"target_names": "q_proj"}, _QUERIES),
+            (
+                {"target_names": (r"\.1\..*[qk]_proj$", "fc2")},
+                {"1.self_attn.q_proj", "1.self_attn.k_proj", "0.fc2", "1.fc2"},
+            ),
+            ({"target_names": (".",)}, _ATTENTION | _MLP | _HEAD),
+            ({"target_names": ("^lm_head$",)}, _HEAD),
+            ({"exclude_names": "self_attn"}, _MLP),
+            (
+                {"exclude_names": (r"\.0\.", "out_proj$")},
+                {n for n in _ATTENTION | _MLP if n[0] == "1" and "out" not in n},
+            ),
+            ({"layers": 1}, {n for n in _ATTENTION | _MLP if n[0] == "1"}),
+            ({"layers": (0, 1, 7)}, _ATTENTION | _MLP),
+            ({"layers": (1,), "target_roles": ("mlp",)}, {"1.fc1", "1.fc2"}),
+            (
+                {"target_names": ("proj",), "target_roles": ("key", "up")},
+                {"0.self_attn.k_proj", "1.self_attn.k_proj"},
+            ),
+            (
+                {
+                    "target_names": ("fc", "q_"),
+                    "target_roles": ("reader",),
+                    "layers": (0,),
+                    "exclude_names": ("q_",),
+                },
+                {"0.fc1"},
+            ),
+            (
+                {"target_names": (".",), "target_roles": ("reader",), "layers": (1,), "exclude_names": ("attn",)},
+                {"1.fc1"},
+            ),
+        ],
+        several=True,
+    ),
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_selection_is_the_intersection_of_all_targets(targets: dict[str, Any], expected: set[str]) -> None:

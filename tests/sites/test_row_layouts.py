@@ -163,6 +163,7 @@ class Recurrent(nn.Module):
         return y
 
 
+@pytest.mark.broad
 def test_recurrent_layers_run_along_the_tokens_and_not_along_the_rows() -> None:
     for batch_first in (True, False):
         model = Recurrent(batch_first).double()
@@ -195,6 +196,7 @@ class Two(nn.Module):
         return one + two if self.meet else (one, two)
 
 
+@pytest.mark.broad
 def test_inputs_count_the_same_rows_only_if_their_rows_meet() -> None:
     for meet, names in ((True, "."), (False, "one"), (False, "two"), (False, ".")):
         gm: Any = llfx.rewrite(Two(meet).double(), llfx.LoRA(r=2, target_names=names), (inputs(2, 5), inputs(2, 1)))

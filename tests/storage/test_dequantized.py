@@ -89,6 +89,7 @@ def kept(model: nn.Module) -> int:
     return saved_bytes(lambda: model(X[0].clone().requires_grad_()), (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", storages("int8"))
 def test_neither_dense_weights_nor_inputs_are_kept_for_the_backward_pass(storage: str) -> None:
     model = base(storage)

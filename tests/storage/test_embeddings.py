@@ -18,7 +18,7 @@ from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_merge import moved
 from tests.support.models import tiny_llama
 from tests.support.quantized import library
-from tests.support.selection import broad_unless, slow_unless
+from tests.support.selection import slow_unless
 
 IDS = torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(0))
 CFG = llfx.LoRA(r=2, target_names="up")
@@ -83,7 +83,8 @@ PATHS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("kind", broad_unless("nf4".__eq__, slow_unless(("torchao int4", "nf4").__contains__, KINDS)))
+@pytest.mark.broad
+@pytest.mark.parametrize("kind", slow_unless(("torchao int4", "nf4").__contains__, KINDS))
 def test_adapters_beside_it_compute_and_train_as_beside_the_dense_rows(kind: str) -> None:
     torch._dynamo.reset()
     model, dense = nets(kind)

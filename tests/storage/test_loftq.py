@@ -38,6 +38,7 @@ def test_the_start_is_the_nearest_matrix_of_its_rank(storage: str) -> None:
         assert after < before
 
 
+@pytest.mark.broad
 def test_what_it_cannot_start_is_refused_and_nothing_changes() -> None:
     dense = dense_net()
     model = quantized(next(iter(STORAGES)), dense)
@@ -53,6 +54,7 @@ def test_what_it_cannot_start_is_refused_and_nothing_changes() -> None:
         llfx.loftq(llfx.rewrite(dense, llfx.LoRA(r=2, target_names=(".",))), dense)
 
 
+@pytest.mark.broad
 def test_named_adapters_and_banks_are_those_of_the_dense_weights() -> None:
     model = quantized("nf4 twice", dense_net())
     outputs = []

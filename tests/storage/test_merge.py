@@ -31,6 +31,7 @@ def test_merge_makes_dense_weights_of_the_adapted_sites_alone(storage: str) -> N
     assert not [name for name, _ in merged.named_buffers() if name.startswith("out.")]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", broad_after(1, storages("torchao int4", "int8")))
 def test_requantised_weights_are_those_that_the_library_makes_and_their_errors_are_told(storage: str) -> None:
     model = base(storage)

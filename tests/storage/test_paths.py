@@ -73,6 +73,7 @@ def test_a_quantized_model_that_is_compiled_as_it_is_is_refused() -> None:
         compiled(*X)
 
 
+@pytest.mark.broad
 def test_a_file_tells_another_base_by_its_dequantized_weights(tmp_path: Path) -> None:
     model = base("nf4 twice")
     gm = adapted("traced", model)

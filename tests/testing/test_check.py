@@ -282,12 +282,14 @@ def test_all_faults_are_told_at_once_and_in_the_order_of_the_properties() -> Non
     assert list(failed) == [name for name in NAMES if name in failed]
 
 
+@pytest.mark.broad
 def test_a_result_that_differs_by_the_rank_of_the_input_is_found() -> None:
     message = r"FAILED   result .*: at blocks\.0\.gate, 8 to 12: \(5, 8\) gives \(5, 1\) instead of \(5, 12\)"
     with pytest.raises(AssertionError, match=message):
         check(OneColumn(), model(), INPUTS, skip=[name for name in NAMES if name != "result"])
 
 
+@pytest.mark.broad
 def test_a_wrong_pass_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(self: GraphPass, gm: fx.GraphModule) -> int:
         products = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
@@ -302,6 +304,7 @@ def test_a_wrong_pass_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"^output inside frozen: off by \d\.\d+e.*, allowed 2e-09$", failed["passes"]), failed["passes"]
 
 
+@pytest.mark.broad
 def test_an_export_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     load = torch.export.load
 
@@ -377,7 +380,7 @@ class MeanOfInputs(Gate):
 @pytest.mark.parametrize(
     ("cfg", "options", "skipped"),
     broad_after(
-        2,
+        1,
         [
             (Gate(), {}, {}),
             (OneGateForAll(), {}, {}),
@@ -427,6 +430,7 @@ def test_a_variant_that_is_not_affine_passes_if_merge_refuses_it(monkeypatch: py
     assert failures(Gate())["merges"].startswith("it is not affine ("), "of a variant that is affine it is a failure"
 
 
+@pytest.mark.broad
 def test_a_variant_that_is_not_affine_and_is_merged_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_lite_fx.testing.graphs.merge", llfx.remove)  # a merge that gets it wrong in silence
     message = failures(ReadsX())["merges"]

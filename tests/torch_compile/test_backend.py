@@ -165,6 +165,7 @@ def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Varia
             check(fast, carrier, reference, inputs(*shape))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("with_config", [True, False])
 def test_graphs_without_sites_of_an_adapted_model_are_compiled_as_they_are(with_config: bool) -> None:
     """Adapt one block of several: the graphs of the others, and those between the graphs, have no sites."""
@@ -175,6 +176,7 @@ def test_graphs_without_sites_of_an_adapted_model_are_compiled_as_they_are(with_
     check(fast, carrier, eager_of(carrier), inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_layers_with_different_adapters_do_not_share_a_graph() -> None:
     carrier = backend(llfx.LoRA(r=2, target_names=("up",), layers=(0, 1))).adapt(Net(Branching, 3).eval(), inputs(2, 3))
     randomise(carrier, 0)
@@ -195,6 +197,7 @@ class ReadsSite(llfx.Variant):
         return y
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("field", ["d_in", "layer"])
 def test_layers_do_not_share_what_their_forward_reads_of_the_site(field: str) -> None:
     adapting = backend(ReadsSite(field=field, target_names=("up",)), inner="eager")
@@ -308,6 +311,7 @@ class Rare(Block):
         return self.rare(x) if x.shape[0] > 4 else super().forward(x)
 
 
+@pytest.mark.broad
 def test_a_site_that_did_not_run_on_the_inputs_of_adapt_is_an_error_later() -> None:
     by_role = llfx.LoRA(r=2, target_roles=("up",))
     for cfg in (llfx.LoRA(r=2, target_names=ALL), by_role):
@@ -372,6 +376,7 @@ def test_sites_beside_transforms_of_functions_are_adapted() -> None:
 REFUSED = r"captured a graph.* of a model that carries no adapters.*adapt\(model, \*inputs\)"
 
 
+@pytest.mark.broad
 def test_a_model_that_carries_no_adapters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_lite_fx.torch_compile.backend.ORIGINALS", [])
     model, other = Net(Branching).eval(), Net(Branching).eval()

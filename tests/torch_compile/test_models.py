@@ -68,6 +68,7 @@ def causal() -> dict[str, Tensor]:
     return {"input_ids": ids(2, 5), "labels": ids(2, 5)}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "build",
     broad_after(1, slow_unless((deberta, gpt2).__contains__, [deberta, wav2vec2, dynamic_rope, eager_experts, gpt2])),

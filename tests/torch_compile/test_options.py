@@ -48,16 +48,20 @@ BESIDE: dict[str, Any] = {
 @pytest.mark.parametrize("given_to", broad_after(1, BESIDE))
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [
-        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
-        ({"mode": "max-autotune-no-cudagraphs"}, {"max_autotune": True, "coordinate_descent_tuning": True}),
-        (
-            {"options": {"max_autotune": True, "epilogue-fusion": False}},
-            {"max_autotune": True, "epilogue_fusion": False},
-        ),
-        ({"mode": "default"}, {}),
-        ({"options": {}}, {}),
-    ],
+    broad_after(
+        2,
+        [
+            ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+            ({"mode": "max-autotune-no-cudagraphs"}, {"max_autotune": True, "coordinate_descent_tuning": True}),
+            (
+                {"options": {"max_autotune": True, "epilogue-fusion": False}},
+                {"max_autotune": True, "epilogue_fusion": False},
+            ),
+            ({"mode": "default"}, {}),
+            ({"options": {}}, {}),
+        ],
+        several=True,
+    ),
     ids=str,
 )
 def test_mode_and_options_reach_inductor(given_to: str, settings: Any, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import lora_lite_fx as llfx
 from lora_lite_fx.testing import check
+from lora_lite_fx.testing.properties import PROPERTIES
 from tests.support.conformance import configs, for_any_linear, innermost_first
 from tests.support.models import Case, cases, ids
 
@@ -35,10 +37,16 @@ settings.load_profile("conformance")
 shapes = st.tuples(st.integers(2, 4), st.integers(1, 7))
 
 
-def check_on(case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[int, int]) -> None:
+ELSEWHERE = {"stacks", "seed"}
+"""Properties that tests of their own are about."""
+
+
+def check_on(
+    case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[int, int], skip: Collection[str] = ELSEWHERE
+) -> None:
     """Check a config on a random model. What a variant starts from is the matter of tests of its own."""
     inputs = (ids(*shape, seed=case.seed),)
-    fixed: dict[str, Any] = {"start": None, "tolerance": case.tolerance, "skip": ("stacks", "seed"), "seed": case.seed}
+    fixed: dict[str, Any] = {"start": None, "tolerance": case.tolerance, "skip": skip, "seed": case.seed}
     check(cfg, case.build(), case.example_inputs, inputs, **fixed)
 
 
@@ -47,7 +55,17 @@ def check_on(case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[in
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
     cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
-    check_on(data.draw(cases), cfg, data.draw(shapes))
+    check_on(data.draw(cases), cfg, data.draw(shapes), {*ELSEWHERE, "bfloat16"})
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+@settings(max_examples=1)
+@given(data=st.data())
+def test_every_variant_conforms_in_bfloat16(cls: type[llfx.Variant], data: st.DataObject) -> None:
+    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
+    others = {has.__name__ for has in PROPERTIES} - {"bfloat16"}
+    check_on(data.draw(cases), cfg, data.draw(shapes), others)
 
 
 @pytest.mark.slow

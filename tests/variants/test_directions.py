@@ -18,7 +18,7 @@ from tests.support.selection import broad_after
 R = 4
 
 
-@pytest.mark.parametrize("suppress", [False, True])
+@pytest.mark.parametrize("suppress", broad_after(1, [False, True]))
 @pytest.mark.parametrize("basis", ["svd", "corda", "asvd"])
 def test_gains_scale_the_directions_of_their_basis_and_are_steered_between_calls(basis: str, suppress: bool) -> None:
     net = nn.Sequential(nn.Linear(6, 8)).double()
@@ -104,7 +104,7 @@ CORES: dict[str, tuple[Any, Core]] = {
 
 
 @pytest.mark.parametrize("basis", broad_after(1, ["svd", "corda"]))
-@pytest.mark.parametrize("what", CORES)
+@pytest.mark.parametrize("what", broad_after(4, CORES))
 def test_cores_change_what_the_weight_does_in_its_directions(what: str, basis: str) -> None:
     make, core = CORES[what]
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx import variants
 from lora_lite_fx.testing.comparisons import perturb
 from tests.support.captured import captured
-from tests.support.selection import broad_unless
+from tests.support.selection import broad_after, broad_unless
 from tests.variants.formula_parts import Array, Given, names_of
 from tests.variants.numpy_formulas import FORMULAS
 
@@ -200,7 +200,7 @@ def test_dropout_of_the_input_is_its_mask_in_the_formula(cfg: llfx.Variant) -> N
     _check_mask(cfg, *adapted(linear, X, cfg), kept, seed=5)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scaled", broad_after(1, [True, False]))
 @pytest.mark.parametrize("cls", [llfx.LoHa, llfx.LoKr])
 def test_dropout_of_an_update_is_its_mask_in_the_formula(cls: Any, scaled: bool) -> None:
     cfg = cls(r=2, rank_dropout=RATE, rank_dropout_scale=scaled, module_dropout=RATE, **AT)

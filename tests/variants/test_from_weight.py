@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 
 D_IN, D_OUT, R, F64 = 12, 8, 4, torch.float64
 
@@ -66,7 +67,7 @@ def rotation(angles: Tensor, size: int, largest: float) -> Tensor:
 
 
 @pytest.mark.parametrize("basis", ["V", "U", "none"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", broad_after(1, [2, 4]))
 def test_antipasto_rewritten_wrapped_and_merged_is_its_formula(basis: Any, size: int) -> None:
     net = linear()
     cfg = llfx.AntiPaSTO(r=R, block_size=size, rotate_basis=basis, max_rotation_angle=0.7, target_names=("0",))
@@ -98,7 +99,7 @@ def test_antipasto_turns_no_further_than_its_largest_angle() -> None:
     assert torch.allclose(cosine, torch.full((2,), math.cos(0.3), dtype=F64))
 
 
-@pytest.mark.parametrize("basis", ["V", "U", "none"])
+@pytest.mark.parametrize("basis", broad_after(1, ["V", "U", "none"]))
 def test_antipasto_starts_near_the_identity_and_leaves_the_weight_alone(basis: Any) -> None:
     net = linear()
     gm = llfx.rewrite(net, llfx.AntiPaSTO(r=R, rotate_basis=basis, target_names=("0",)))

@@ -135,6 +135,7 @@ def _gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, ["everything", "Conv1D and positions", "a tied head"]))
 def test_merge_gives_the_trained_tensors_bit_for_bit(name: str) -> None:
     case, cfg = CONFIGS[name]
@@ -220,6 +221,7 @@ def test_only_what_replaces_its_weight_fits_a_norm() -> None:
             llfx.rewrite(base, cfg)
 
 
+@pytest.mark.broad
 def test_what_cannot_be_trained_whole_is_refused_by_name() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 3, 8)

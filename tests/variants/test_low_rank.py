@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "IA3": llfx.IA3(target_names=("fc",)),
 }
 every_variant = pytest.mark.parametrize("name", CONFIGS)
+some_variants = pytest.mark.parametrize("name", broad_after(3, CONFIGS))
 with_dropout = pytest.mark.parametrize("name", ["LoRA", "PiSSA", "DoRA"])
 
 
@@ -166,9 +167,9 @@ def test_rank_stabilized_scales_by_the_root_of_the_rank(name: str) -> None:
     close(*(randomised(llfx.rewrite(single(), cfg))(x) for cfg in (stabilized, plain)))
 
 
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 @pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
-@every_variant
+@some_variants
 def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
     model, x = ready(Net(), dtype), sample(5, 3, D_IN, dtype=dtype)
     y, expected = how(model, CONFIGS[name])(x), model(x)
@@ -178,7 +179,7 @@ def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
         close(y, expected, {F64: 1e-12, torch.float32: 1e-6, BF16: 2**-6}[dtype])
 
 
-@every_variant
+@some_variants
 def test_each_element_gets_a_gradient_at_the_start_or_once_b_has_moved(name: str) -> None:
     gm, x = llfx.rewrite(ready(Net()), CONFIGS[name]), sample(5, 3, D_IN)
     waiting = {"LoRA": {"lora_A"}, "DoRA": {"lora_A"}, "DeLoRA": {"lora_A", "lora_lambda"}}.get(name, ())
@@ -193,7 +194,7 @@ def test_each_element_gets_a_gradient_at_the_start_or_once_b_has_moved(name: str
         assert (grad != 0).all(), f"{parameter} is dead after two steps"
 
 
-@every_variant
+@some_variants
 def test_on_a_bfloat16_base_all_tensors_are_float32_and_a_small_step_moves_them(name: str) -> None:
     gm = llfx.rewrite(ready(Net(), BF16), CONFIGS[name])
     assert {tensor.dtype for tensor in llfx.adapter_state_dict(gm).values()} == {torch.float32}
@@ -209,7 +210,7 @@ def test_on_a_bfloat16_base_all_tensors_are_float32_and_a_small_step_moves_them(
 @pytest.mark.broad
 @pytest.mark.parametrize("at_once", slow_after(1, [True, False]), ids=["in one list", "one after the other"])
 @pytest.mark.parametrize("second", slow_after(1, ["LoRA", "IA3"]))
-@every_variant
+@some_variants
 def test_second_adapter_does_not_freeze_the_first(name: str, second: str, at_once: bool) -> None:
     first, then, model = CONFIGS[name], CONFIGS[second], single()
     gm = llfx.rewrite(model, [first, then] if at_once else first)
@@ -220,7 +221,7 @@ def test_second_adapter_does_not_freeze_the_first(name: str, second: str, at_onc
     assert [parameter for parameter, grad in grads.items() if grad is None or not grad.any()] == []
 
 
-@every_variant
+@some_variants
 def test_square_linears_without_a_role_that_nobody_targets_are_left_alone(name: str) -> None:
     modules = {"fc": nn.Linear(D_IN, D_OUT), "tanh": nn.Tanh(), "zorg": nn.Linear(D_OUT, D_OUT)}
     for how in (llfx.rewrite, llfx.wrap):
@@ -334,7 +335,7 @@ def test_hra_multiplies_reflections_in_order_and_is_orthogonal() -> None:
 
 
 @pytest.mark.parametrize("stabilized", [False, True], ids=["alpha / r", "alpha / sqrt(r)"])
-@pytest.mark.parametrize("cls", [Net, Conv1DNet])
+@pytest.mark.parametrize("cls", broad_after(1, [Net, Conv1DNet]))
 def test_pissa_starts_at_the_principal_part_divided_by_the_scale(cls: Any, stabilized: bool) -> None:
     model, s = ready(cls()), ALPHA / (math.sqrt(R) if stabilized else R)
     cfg = llfx.PiSSA(r=R, alpha=ALPHA, rank_stabilized=stabilized, target_names=("fc",))
@@ -359,7 +360,7 @@ def test_pissa_keeps_the_frozen_weight_bit_for_bit(dtype: torch.dtype, tmp_path:
 
 
 @pytest.mark.parametrize("example_inputs", [None, (torch.zeros(2, 3).long(),)], ids=["symbolic", "exported"])
-@pytest.mark.parametrize("target", ["target_roles", "target_names"])
+@pytest.mark.parametrize("target", broad_after(1, ["target_roles", "target_names"]))
 def test_pissa_on_a_tied_head_does_not_reach_the_embedding(target: str, example_inputs: Any) -> None:
     modules = {"embed": nn.Embedding(D_OUT, D_IN), "tanh": nn.Tanh(), "head": nn.Linear(D_IN, D_OUT)}
     model, ids = ready(nn.Sequential(OrderedDict(modules))), torch.arange(D_OUT).view(2, -1)
@@ -389,7 +390,7 @@ def test_odd_rank_of_hra_and_zero_lambda_of_delora_are_refused(cls: Any, field: 
         cls(**{field: value})
 
 
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 @with_dropout
 def test_dropout_drops_elements_of_the_branch_input_in_training_and_keeps_the_mean(name: str, how: Any) -> None:
     cfg = type(CONFIGS[name])(r=R, alpha=ALPHA, dropout=0.25, target_names=("fc",))

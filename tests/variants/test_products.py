@@ -36,7 +36,7 @@ CONFIGS = {
     "GraLoRA hybrid": llfx.GraLoRA(r=6, alpha=3.0, k=3, hybrid_r=2, **FC),
     "HiRA": llfx.HiRA(r=4, **FC),
 }
-every_config = pytest.mark.parametrize("name", CONFIGS)
+every_config = pytest.mark.parametrize("name", broad_after(6, CONFIGS))
 
 
 def single(d_in: int = D_IN, d_out: int = D_OUT, dtype: torch.dtype = F64) -> Any:
@@ -103,7 +103,7 @@ def test_outputs_gradients_and_merged_weights_are_those_of_the_formula(name: str
     close(merged.get_parameter("fc.bias").detach(), bias)
 
 
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 @pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
 @every_config
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype, how: Any) -> None:
@@ -137,7 +137,7 @@ def test_a_bfloat16_base_and_autocast_keep_the_dtype_of_the_output(name: str) ->
         assert (y - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 4])
+@pytest.mark.parametrize("r", broad_after(2, [1, 2, 3, 4]))
 def test_loha_has_the_squared_rank_and_forms_no_weight_where_factors_are_cheaper(r: int) -> None:
     model = single()
     gm = randomised(llfx.rewrite(model, llfx.LoHa(r=r, **FC)))
@@ -150,15 +150,19 @@ def test_loha_has_the_squared_rank_and_forms_no_weight_where_factors_are_cheaper
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
-    [
-        ({"r": 3}, {"W1": (4, 3), "W2": (6, 6)}),
-        ({"r": 2}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
-        ({"r": 2, "decompose_both": True}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
-        ({"r": 1, "decompose_both": True}, {"A1": (1, 3), "B1": (4, 1), "A2": (1, 6), "B2": (6, 1)}),
-        ({"r": 8, "decompose_factor": 2}, {"W1": (2, 2), "W2": (12, 9)}),
-        ({"r": 1, "decompose_factor": 1}, {"W1": (1, 1), "A2": (1, 18), "B2": (24, 1)}),
-        ({"r": 8, "decompose_factor": 8}, {"W1": (8, 3), "W2": (3, 6)}),
-    ],
+    broad_after(
+        3,
+        [
+            ({"r": 3}, {"W1": (4, 3), "W2": (6, 6)}),
+            ({"r": 2}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
+            ({"r": 2, "decompose_both": True}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
+            ({"r": 1, "decompose_both": True}, {"A1": (1, 3), "B1": (4, 1), "A2": (1, 6), "B2": (6, 1)}),
+            ({"r": 8, "decompose_factor": 2}, {"W1": (2, 2), "W2": (12, 9)}),
+            ({"r": 1, "decompose_factor": 1}, {"W1": (1, 1), "A2": (1, 18), "B2": (24, 1)}),
+            ({"r": 8, "decompose_factor": 8}, {"W1": (8, 3), "W2": (3, 6)}),
+        ],
+        several=True,
+    ),
 )
 def test_lokr_has_full_factors_from_half_their_larger_side_on(fields: Any, expected: Any) -> None:
     p = tensors(llfx.rewrite(single(), llfx.LoKr(**fields, **FC)), "fc")
@@ -216,14 +220,17 @@ def test_miss_takes_a_rank_above_the_number_of_outputs() -> None:
 
 @pytest.mark.parametrize(
     "cfg",
-    [
-        llfx.MiSS(r=6, dropout=0.25, **FC),
-        llfx.MiSS(r=6, mode="mini", dropout=0.25, **FC),
-        llfx.MiSS(r=6, mode="bat", dropout=0.25, **FC),
-        llfx.GraLoRA(r=4, dropout=0.25, **FC),
-        llfx.GraLoRA(r=4, hybrid_r=2, dropout=0.25, **FC),
-        llfx.HiRA(r=4, dropout=0.25, **FC),
-    ],
+    broad_after(
+        2,
+        [
+            llfx.MiSS(r=6, dropout=0.25, **FC),
+            llfx.MiSS(r=6, mode="mini", dropout=0.25, **FC),
+            llfx.MiSS(r=6, mode="bat", dropout=0.25, **FC),
+            llfx.GraLoRA(r=4, dropout=0.25, **FC),
+            llfx.GraLoRA(r=4, hybrid_r=2, dropout=0.25, **FC),
+            llfx.HiRA(r=4, dropout=0.25, **FC),
+        ],
+    ),
     ids=str,
 )
 def test_dropout_drops_elements_of_the_input_of_the_branch(cfg: llfx.Variant) -> None:

@@ -128,6 +128,7 @@ def test_sites_of_any_size_read_the_first_rows_and_columns_of_the_projections(na
         close(changed, delta(name, tensors(gm, site), *weight.shape[::-1]))
 
 
+@pytest.mark.broad
 @every_sharing
 def test_sites_of_other_ranks_read_a_part_of_projections_of_the_largest(name: str) -> None:
     model, ranks = ready(Small()), {"fc1": 3, "fc2": R, "fc3": 1}

@@ -111,7 +111,6 @@ CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "C3A of small blocks": (llfx.C3A(block_size=2, init_weights="zeros", target_names=("fc",)), c3a),
     "HRA orthogonal": (llfx.HRA(r=5, orthogonal=True, target_names=("fc",)), orthogonal_hra),
 }
-every_case = pytest.mark.parametrize("name", CASES)
 some_cases = pytest.mark.parametrize("name", broad_after(3, CASES))
 
 
@@ -119,7 +118,7 @@ some_cases = pytest.mark.parametrize("name", broad_after(3, CASES))
 
 
 @pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
-@every_case
+@some_cases
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: Any) -> None:
     cfg, formula = CASES[name]
     model, x = single(), sample(3, 5, D_IN)
@@ -300,7 +299,7 @@ def test_boft_does_not_scale_the_bias() -> None:
     close(gm(torch.zeros(2, D_IN, dtype=F64)), single().fc.bias.expand(2, -1), 1e-14)
 
 
-@pytest.mark.parametrize("size", [1, 3, 5, 15])
+@pytest.mark.parametrize("size", broad_after(1, [1, 3, 5, 15]))
 def test_c3a_takes_blocks_of_odd_size(size: int) -> None:
     model, x = ready(nn.Sequential(OrderedDict(fc=nn.Linear(30, 15)))), sample(4, 30)
     gm = randomised(llfx.rewrite(model, llfx.C3A(block_size=size, target_names=("fc",))))

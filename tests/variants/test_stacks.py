@@ -75,7 +75,7 @@ def composed(inner: Given, outer: Given) -> Array:
     return formulas[1](replace(outer, W=weight, b=bias, constants=constants))
 
 
-@pytest.mark.parametrize(("inner", "outer"), broad_after(5, PAIRS, several=True), ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(("inner", "outer"), broad_after(2, PAIRS, several=True), ids=lambda cfg: type(cfg).__name__)
 def test_a_stack_is_its_formula_in_outputs_gradients_merged_and_in_a_file(
     inner: llfx.Variant, outer: llfx.Variant, tmp_path: Path
 ) -> None:

@@ -97,15 +97,18 @@ def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> No
 
 @pytest.mark.parametrize(
     "between",
-    [
-        blocks_of_transposed,
-        hidden_from_autograd,
-        partly_overwritten,
-        without_gradient,
-        filled_in,
-        of_a_table,
-        of_detached,
-    ],
+    broad_after(
+        3,
+        [
+            blocks_of_transposed,
+            hidden_from_autograd,
+            partly_overwritten,
+            without_gradient,
+            filled_in,
+            of_a_table,
+            of_detached,
+        ],
+    ),
 )
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3]))
 def test_values_that_are_written_to(cls: type[llfx.Variant], between: Callable[[Tensor], Tensor]) -> None:

@@ -50,6 +50,7 @@ def saved_llama(folder: Path) -> Any:
     return type(model).from_pretrained(folder).eval()
 
 
+@pytest.mark.broad
 def test_auto_peft_model_finds_the_base_when_the_model_is_gone(tmp_path: Path) -> None:
     model = saved_llama(tmp_path / "base")
     gm = llfx.rewrite(llfx.capture(model), llfx.LoRA(r=2, target_names=NAMES)).eval()
@@ -221,6 +222,7 @@ def plain_lora(model: nn.Module, folder: Path) -> nn.Module:
     return merged
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.OLoRA]))
 @pytest.mark.parametrize("r", broad_after(1, [6, 2]))  # twice 6 is more than the key and value projections have rows
 def test_pissa_and_olora_are_written_for_whatever_reads_a_lora(cls: Any, r: int, tmp_path: Path) -> None:

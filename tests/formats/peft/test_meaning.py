@@ -87,6 +87,7 @@ PATHS = st.lists(PARTS, min_size=1, max_size=7).map(".".join)
 SOME_STACKS = st.sampled_from(["layers", "h", "experts", r"\w+", "l.*", "h|layers", "[a-z]+", "(?:mlp|h)"])
 
 
+@pytest.mark.broad
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     targets=st.lists(st.one_of(PATHS, st.sampled_from(["q", "v"])), min_size=1, max_size=3),
@@ -218,7 +219,7 @@ def spread(tensors: list[Tensor]) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "option"), broad_after(20, CASES, several=True), ids=[f"{method}-{option}" for method, option in CASES]
+    ("method", "option"), broad_after(8, CASES, several=True), ids=[f"{method}-{option}" for method, option in CASES]
 )
 def test_every_start_is_that_of_peft_or_refused(method: str, option: Any) -> None:
     try:

@@ -51,6 +51,7 @@ def x_of(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.broad
 def test_an_attention_module_goes_both_ways() -> None:
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attention", "head"])
     outcome = round_trip(attended(), config, x_of(2, 5, WIDTH))

@@ -57,7 +57,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("target", SERVERS)
+@pytest.mark.parametrize("target", broad_after(1, SERVERS))
 @pytest.mark.parametrize("name", broad_after(1, OF_LOW_RANK))
 def test_the_files_hold_plain_lora_of_one_rank(name: str, target: str, tmp_path: Path) -> None:
     model, graph = llama()
@@ -77,7 +77,7 @@ def test_the_files_hold_plain_lora_of_one_rank(name: str, target: str, tmp_path:
     assert float((logits(gm) - logits(model)).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("target", SERVERS)
+@pytest.mark.parametrize("target", broad_after(1, SERVERS))
 def test_the_dict_is_what_the_files_hold(target: str, tmp_path: Path) -> None:
     gm = adapted(llama()[1], OF_LOW_RANK["LoRA"])
     llfx.save_peft(gm, tmp_path, target=target)
@@ -88,6 +88,7 @@ def test_the_dict_is_what_the_files_hold(target: str, tmp_path: Path) -> None:
     assert json.loads(json.dumps(llfx.to_peft_config(gm, target=target))) == config
 
 
+@pytest.mark.broad
 def test_the_dict_follows_training_and_switches() -> None:
     model, graph = llama()
     gm = adapted(graph, {"policy": llfx.LoRA(r=2, **ATTENTION), "other": llfx.LoRA(r=2, **ATTENTION)})
@@ -105,6 +106,7 @@ def test_the_dict_follows_training_and_switches() -> None:
     assert set(llfx.adapter_state_dict(chat, "vllm")) == set(llfx.adapter_state_dict(gm, "vllm", adapter="policy"))
 
 
+@pytest.mark.broad
 def test_several_adapters_are_written_into_folders(tmp_path: Path) -> None:
     gm = adapted(llama()[1], {"fr": llfx.LoRA(r=2, **ATTENTION), "it": llfx.PiSSA(r=3, **ATTENTION)})
     llfx.save_peft(gm, tmp_path, target="vllm")
@@ -126,7 +128,7 @@ def test_ranks_are_filled_up_to_what_the_server_takes(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("target", broad_after(2, SERVERS))
+@pytest.mark.parametrize("target", broad_after(1, SERVERS))
 @pytest.mark.parametrize("name", broad_unless(lambda name: name in ("DoRA", "LoRA with a bias"), OF_FULL_RANK))
 def test_any_other_change_is_refused(name: str, target: str, tmp_path: Path) -> None:
     gm = adapted(llama()[1], OF_FULL_RANK[name])

@@ -18,7 +18,7 @@ from lora_lite_fx.testing.comparisons import close
 from tests.support.captured import captured
 from tests.support.peft_oracles import ORACLES, Oracle
 from tests.support.releases import since
-from tests.support.selection import DISTINCT, broad_unless, slow_unless
+from tests.support.selection import DISTINCT, broad_after, broad_unless, slow_unless
 
 
 def net() -> nn.Module:
@@ -68,7 +68,7 @@ def file_of_gradients(model: Any, folder: Path) -> dict[str, Tensor]:
 @since(
     "peft", "0.21", "PEFT writes trained biases of every method"
 )  # its own files lacked them, or could not be written
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("bias", broad_after(1, ["all", "lora_only"]))
 @pytest.mark.parametrize("name", broad_unless(EVERYDAY.__contains__, slow_unless(BROAD.__contains__, METHODS)))
 def test_trained_biases_are_those_of_the_adapter(name: str, bias: str, tmp_path: Path) -> None:
     model, theirs = trained(name, bias)

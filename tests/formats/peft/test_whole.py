@@ -185,6 +185,7 @@ def test_saved_embeddings_must_be_those_of_the_base(tmp_path: Path) -> None:
         llfx.load_peft(graph, tmp_path)
 
 
+@pytest.mark.broad
 @pytest.mark.filterwarnings("ignore:.*tie")  # PEFT's own
 @pytest.mark.parametrize("what", ["an adapted embedding", "an adapted embedding by pattern", "a trained embedding"])
 def test_an_adapter_that_is_tied_is_read_as_two_with_a_warning_and_is_not_made(what: str, tmp_path: Path) -> None:
@@ -209,6 +210,7 @@ def test_an_adapter_that_is_tied_is_read_as_two_with_a_warning_and_is_not_made(w
     torch.testing.assert_close(logits(back), logits(theirs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.broad
 def test_another_base_of_whole_tensors_is_a_warning_at_the_users_line(tmp_path: Path) -> None:
     model, graph = captured("llama")
     other = copy.deepcopy(model)
@@ -222,6 +224,7 @@ def test_another_base_of_whole_tensors_is_a_warning_at_the_users_line(tmp_path: 
         assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.broad
 def test_another_base_of_trained_tokens_is_a_warning(tmp_path: Path) -> None:
     model, graph = captured("llama")
     other = copy.deepcopy(model)
@@ -315,11 +318,15 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("adapted", "trained", "message"),
-    [
-        ("wide_fc", "^fc$", "cannot name 'fc' as a module to train without 'wide_fc'"),
-        ("in_proj", r"out_proj$", "adapts all of 'attention', and trains nothing in it beside"),
-        ("wide_fc", r"\.weight$", "is not a module of its own"),
-    ],
+    broad_after(
+        1,
+        [
+            ("wide_fc", "^fc$", "cannot name 'fc' as a module to train without 'wide_fc'"),
+            ("in_proj", r"out_proj$", "adapts all of 'attention', and trains nothing in it beside"),
+            ("wide_fc", r"\.weight$", "is not a module of its own"),
+        ],
+        several=True,
+    ),
 )
 def test_modules_that_peft_cannot_train_beside_an_adapter_are_refused(
     adapted: str, trained: str, message: str, tmp_path: Path

@@ -25,7 +25,7 @@ from tests.support.conformance import (
     unchanged,
 )
 from tests.support.models import GatedMLP, Normed, ResidualMLP, ids, net, tiny_t5
-from tests.support.selection import broad_after, broad_unless, is_typical, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_typical, slow_after, slow_unless
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -292,7 +292,7 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
 # torch.compile.
 
 
-@pytest.mark.parametrize("cls", broad_after(1, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(1, slow_after(4, VARIANTS)), ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
     _, graph = captured("llama")
     gm = llfx.rewrite(graph, two_sites(cls), calibration=data_for(cls))

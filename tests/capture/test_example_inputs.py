@@ -262,7 +262,7 @@ class Reads(torch.nn.Module):
         return x if x.sum().item() > 1e9 else self.project(x)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() -> None:
     model = CASES["llava"].builder()()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
@@ -276,7 +276,7 @@ def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() ->
         llfx.capture(model, example_inputs_of(model))
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_it_is_adapted_for_text_alone_too() -> None:
     model = CASES["llava"].builder()().eval()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
@@ -348,7 +348,7 @@ def test_the_layout_of_images_is_a_part_of_the_graph() -> None:
         gm(**{name: value for name, value in inputs.items() if name != "spatial_shapes"})
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_compiled_and_traced_calls_check_the_layout_of_images_too() -> None:
     model = CASES["siglip2"].builder()()
     inputs: dict[str, Any] = example_inputs_of(model)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 
 class Block(nn.Module):
@@ -88,7 +88,7 @@ def captured() -> fx.GraphModule:
     return llfx.capture(net(), (IDS,))
 
 
-@pytest.mark.parametrize("make", broad_after(1, SOURCES), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", broad_after(1, slow_after(2, SOURCES)), ids=lambda make: make.__name__)
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA]))
 def test_a_graph_of_torch_is_adapted_like_a_capture(cls: Any, make: Any, tmp_path: Path) -> None:
     model, graph, ours = net(), graph_of(make), captured()

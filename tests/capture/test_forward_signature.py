@@ -134,7 +134,7 @@ def test_the_class_of_the_model_is_left_as_it_is() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("subclass", broad_after(1, slow_after(2, SUBCLASSES)))
+@pytest.mark.parametrize("subclass", broad_after(1, slow_after(1, SUBCLASSES)))
 @pytest.mark.parametrize("given", broad_after(1, [False, True]))
 def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:
     model, cfg = build(subclass), llfx.LoRA(r=2)
@@ -151,7 +151,7 @@ def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("subclass", slow_after(2, SUBCLASSES))
+@pytest.mark.parametrize("subclass", slow_after(1, SUBCLASSES))
 def test_a_subclass_is_adapted(subclass: Any) -> None:
     model, cfg = build(subclass), llfx.LoRA(r=2)
     chat = llfx.adapt(model, cfg)

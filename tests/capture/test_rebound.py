@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
+from tests.support.selection import slow_after
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_names=".")
@@ -124,7 +125,7 @@ def adapted(adapt: Any, change: Callable[[Any], None], part: str, inputs: Any) -
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_after(4, WAYS))
 @pytest.mark.parametrize(
     ("adapt", "part", "inputs"),
     [

@@ -40,7 +40,7 @@ def train(gm: Any, inputs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", broad_after(1, slow_after(2, [{"fuse_loss": True}, {}, {"checkpoint_layers": True}])), ids=str
+    "options", broad_after(1, slow_after(1, [{"fuse_loss": True}, {}, {"checkpoint_layers": True}])), ids=str
 )
 @pytest.mark.parametrize("name", broad_after(2, by_tier(VARIANTS)))
 def test_a_step_of_training_reads_nothing(name: str, options: dict[str, Any]) -> None:

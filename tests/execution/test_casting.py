@@ -12,7 +12,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.peft_models import captured
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 
 def net() -> nn.Module:
@@ -26,7 +26,7 @@ FOLLOW = [llfx.LoRA, llfx.VeRA, llfx.IA3, llfx.PiSSA]
 REFUSE = [llfx.DoRA, llfx.HRA]
 
 
-@pytest.mark.parametrize("cls", broad_after(1, FOLLOW))
+@pytest.mark.parametrize("cls", broad_after(1, slow_after(3, FOLLOW)))
 @pytest.mark.parametrize("inputs", [None, (torch.randn(2, 16),)], ids=["traced", "exported"])
 @pytest.mark.parametrize("dtype", broad_after(1, [torch.bfloat16, torch.float64]))
 def test_a_graph_that_holds_no_dtypes_follows(cls: Any, inputs: Any, dtype: torch.dtype) -> None:

@@ -411,7 +411,7 @@ def test_a_loaded_adapter_is_checkpointed_like_its_base(library: str, tmp_path: 
     assert not checkpoints_layers(load(small_base(True), tmp_path / "adapter"))
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_checkpointed_graph_shares_the_parameters_of_the_plain_graph() -> None:
     plain, ours = plain_and_checkpointed(t5)
     assert dict(ours.named_parameters(remove_duplicate=False)) == dict(plain.named_parameters(remove_duplicate=False))

@@ -121,7 +121,7 @@ def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
     hook.remove()
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cfg", broad_after(1, [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)]), ids=["LoRA", "DoRA"]
 )
@@ -141,7 +141,7 @@ def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
     assert numbers == []
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_adapted_models_generate_and_train_and_go_back() -> None:
     model: Any = llfx.compile_layers(llfx.adapt(llama(), llfx.LoRA(r=2)), backend="eager", fullgraph=True)
     fill(model)

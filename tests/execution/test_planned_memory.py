@@ -93,7 +93,7 @@ def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> Non
     assert all(plan.dropped for plan in llfx.memory_plan(ours))
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_an_adapted_model_computes_the_same() -> None:
     model = llama()
     plain, ours = llfx.adapt(model, LORA).train(), llfx.adapt(model, LORA).train()

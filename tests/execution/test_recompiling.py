@@ -87,7 +87,7 @@ def test_the_first_call_may_be_within_a_scope(form: str) -> None:
     assert graphs() == 2
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_calls_of_other_kinds_in_between_compile_nothing_again() -> None:
     base = LlamaForCausalLM(tiny_llama(pad_token_id=0, eos_token_id=1))
     model: Any = llfx.adapt(base, llfx.LoRA(r=2), fuse_loss=True)  # training has a graph of its own

@@ -23,7 +23,7 @@ from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
 from tests.support.conformance import calibration, for_any_linear, randomise, representatives, small
-from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_after, slow_unless
 from tests.support.untouched import untouched
 
 ALL: dict[str, Any] = {"target_names": ("fc",)}
@@ -103,7 +103,11 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
 
 @pytest.mark.parametrize(
     ("adapt", "example"),
-    broad_after(1, [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))], several=True),
+    broad_after(
+        1,
+        slow_after(2, [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))], several=True),
+        several=True,
+    ),
     ids=["traced", "wrapped", "exported"],
 )
 @pytest.mark.parametrize(

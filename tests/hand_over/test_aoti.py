@@ -404,7 +404,7 @@ def test_each_variant_is_exchanged_and_scaled(name: str, tmp_path: Path) -> None
     same(program, gms[0], 0.0)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_factor_goes_into_the_tensors_that_the_class_names(tmp_path: Path) -> None:
     other: dict[str, Any] = {"alpha": 3.0, "target_names": "gate|up"}
     for cls, rank in ((llfx.LoHa, 2), (llfx.AdaLoRA, 4)):
@@ -417,7 +417,7 @@ def test_a_factor_goes_into_the_tensors_that_the_class_names(tmp_path: Path) -> 
         program.load("lower", saved(adapted(llfx.AdaLoRA(r=2, **other)), tmp_path / "lower"))
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_slots_of_a_bank_are_filled(tmp_path: Path) -> None:
     bank = adapted(llfx.Bank(lora(), slots=3))
     llfx.save_aoti(bank, tmp_path / "m.pt2", {**EXAMPLE, "adapter_ids": torch.tensor([0, 1])})
@@ -451,7 +451,7 @@ def test_a_baked_package_has_nothing_to_exchange(tmp_path: Path) -> None:
             call(*arguments)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_only_what_acts_is_in_the_package(tmp_path: Path) -> None:
     gm = adapted(lora())
     llfx.add(gm, {"de": llfx.IA3(target_names="up")})
@@ -468,7 +468,7 @@ def test_only_what_acts_is_in_the_package(tmp_path: Path) -> None:
         assert compiled(gm, tmp_path / "m.pt2").spec["tensors"] == {}
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     gm = adapted(lora(), build=half_net)
     program = compiled(gm, tmp_path / "m.pt2")
@@ -504,7 +504,7 @@ def test_a_causal_model_decodes_with_a_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_tensor_that_becomes_a_constant_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aoti, "_OPTIONS", {"always_keep_tensor_constants": True})
     with pytest.raises(llfx.AdapterError, match=r"differs from the model by .* after its adapter was exchanged"):

@@ -250,7 +250,7 @@ def test_an_encoder_a_decoder_with_one_and_an_image_model() -> None:
             close(llfx.export(gm, example, outputs=output).module()(**other), gm(**other)[output])
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_an_encoder_with_a_decoder_is_served_its_tokens_and_not_labels() -> None:
     base = T5ForConditionalGeneration(tiny_t5()).double()  # which does not scale its attention: float32 is off by 2e-5
     chat = llfx.adapt(base, llfx.LoRA(r=2)).eval()

@@ -18,7 +18,7 @@ from tests.hand_over.test_exported_program import LOADS
 from tests.support.captured import captured
 from tests.support.conformance import randomise
 from tests.support.models import GatedMLP, ids, net, one_layer_llama
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 CFG = llfx.LoRA(r=2, target_roles=("attention", "mlp"))
 SIZES: Any = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32, "head_dim": 8}
@@ -74,7 +74,7 @@ def check_steps(program: Any, model: Any, **further: Any) -> None:
             begin = end
 
 
-@pytest.mark.parametrize("build", broad_after(1, [one_layer_llama, gemma3, mistral]))
+@pytest.mark.parametrize("build", broad_after(1, slow_after(2, [one_layer_llama, gemma3, mistral])))
 def test_one_program_prefills_and_decodes(build: Any) -> None:
     model = llfx.adapt(build().eval(), CFG)
     randomise(model, 0)

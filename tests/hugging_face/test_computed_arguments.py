@@ -183,7 +183,7 @@ class InTraining(hf.LlamaForCausalLM):
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("kind", slow_after(2, [WithoutTokens, WithoutMask, OtherLoss, InTraining]))
+@pytest.mark.parametrize("kind", slow_after(1, [WithoutTokens, WithoutMask, OtherLoss, InTraining]))
 def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) -> None:
     models = adapted_and_wrapped(kind(tiny_llama()).double())
     mask = torch.ones_like(IDS)

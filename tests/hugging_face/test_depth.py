@@ -93,7 +93,7 @@ def test_their_graphs_are_those_of_a_capture_in_full(name: str, monkeypatch: pyt
     assert in_part.code == in_full.code
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_cache_whose_layers_have_other_lengths_is_not_taken() -> None:
     """Layers of one class are as long as each other in the graph that is there."""
     adapted = llfx.adapt(build("llama"), llfx.LoRA(r=2))

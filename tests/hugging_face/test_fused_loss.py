@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 
 CONFIG = llfx.LoRA(r=2, alpha=4.0, target_names=("q_proj", "lm_head"))
 IDS = torch.randint(99, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(1, CALLS))
+@pytest.mark.parametrize("name", broad_after(1, slow_after(3, CALLS)))
 def test_loss_and_gradients_are_those_of_the_logits(name: str) -> None:
     fused, plain = models()
     torch.testing.assert_close(step(fused, **CALLS[name]), step(plain, **CALLS[name]), rtol=1e-4, atol=1e-6)
@@ -104,7 +104,7 @@ def test_a_model_follows_its_graph() -> None:
     assert llfx.adapt(graph, fuse_loss=False).train()(**CALLS["labels"]).logits is not None
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse_loss", slow_unless(bool, [False, True]))
 def test_a_compiled_call_may_be_the_first_of_its_kind(fuse_loss: bool) -> None:
     model = llfx.adapt(base(), CONFIG, fuse_loss=fuse_loss).train()

@@ -267,7 +267,7 @@ def test_smollm2_generates_the_same_text() -> None:
     assert len(adapted.graphs) == 1
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_rows_of_an_encoder_decoder_have_adapters_of_their_own() -> None:
     lora = llfx.LoRA(r=R, alpha=ALPHA, target_names=".")
     model = llfx.adapt(hf.T5ForConditionalGeneration(tiny_t5()).eval(), {"a": lora, "b": lora})

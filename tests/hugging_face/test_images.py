@@ -64,7 +64,7 @@ def test_the_grid_of_an_image_is_a_part_of_the_graph() -> None:
     assert adapted._graphs.captures == before + 1
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_unless(("qwen2_vl",).__contains__, ["qwen2_vl", "internvl", "llava"]))
 @pytest.mark.filterwarnings("error:A hook on")
 def test_generate_equals_the_eager_wrapper(name: str) -> None:
@@ -77,7 +77,7 @@ def test_generate_equals_the_eager_wrapper(name: str) -> None:
         close(ours, theirs, 1e-9, "logits")
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_logits_are_of_the_right_places_where_an_image_stands_before_the_text() -> None:
     adapted, _ = models("git")
     inputs = inputs_of(adapted)

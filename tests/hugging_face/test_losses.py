@@ -15,7 +15,7 @@ import lora_lite_fx as llfx
 from tests.support.against_wrapper import EVERYWHERE, adapted_and_wrapped, require_equal
 from tests.support.conformance import randomise
 from tests.support.process import default_dtype
-from tests.support.selection import broad_after, slow_after
+from tests.support.selection import slow_after
 
 IDS = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {
@@ -44,7 +44,7 @@ CLASSES, MANY, NUMBERS = torch.tensor([0, 2, 1]), torch.rand(3, 3).round(), torc
 @pytest.mark.parametrize("build", slow_after(1, [bert, llama]))
 @pytest.mark.parametrize(
     ("labels", "sequence"),
-    broad_after(1, [(3, [CLASSES, MANY, CLASSES]), (3, [MANY, CLASSES, MANY]), (1, [NUMBERS, NUMBERS])], several=True),
+    slow_after(1, [(3, [CLASSES, MANY, CLASSES]), (3, [MANY, CLASSES, MANY]), (1, [NUMBERS, NUMBERS])], several=True),
 )
 def test_the_first_labels_decide_on_the_loss_of_all(
     build: Callable[[int], Any], labels: int, sequence: list[Tensor]

@@ -103,7 +103,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", broad_after(1, slow_after(6, CHANGES.values())), ids=CHANGES)
+@pytest.mark.parametrize("change", broad_after(1, slow_after(3, CHANGES.values())), ids=CHANGES)
 def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain = llfx.merge(model)
@@ -184,7 +184,7 @@ def test_what_a_config_asks_to_be_returned_is_returned() -> None:
     assert model._graphs.captures == captures  # the first graph holds again
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_compiled_call_follows_the_config() -> None:
     model = adapted()
     compiled: Any = torch.compile(model, backend="eager")

@@ -97,7 +97,7 @@ def test_generation_runs_each_layer_in_its_mode() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_the_copy_has_the_modes_of_the_model_and_of_a_graph() -> None:
     model = build().train()
     model.model.layers[0].eval()

@@ -125,7 +125,7 @@ def test_adapters_are_added_loaded_and_deleted(tmp_path: Path) -> None:
         model.set_adapters(["it0", "it1"], [1.0])
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_later_capture_has_the_adapters_of_then() -> None:
     model = adapted_by({"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
     llfx.add(model, {"it": llfx.VeRA(r=2)})

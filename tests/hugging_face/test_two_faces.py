@@ -57,7 +57,7 @@ def test_a_graph_and_its_model_run_the_same_parameters() -> None:
     assert {id(p) for p in llfx.adapter_parameters(graphs[0])} == {id(p) for p in llfx.adapter_parameters(gm)}
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_graphs_that_have_no_model_or_no_adapters_are_refused() -> None:
     of_no_model = llfx.rewrite(one_layer_llama(), llfx.LoRA(r=2))
     gc.collect()

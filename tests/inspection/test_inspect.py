@@ -450,7 +450,7 @@ def test_the_command_names_the_extra_that_is_missing(
     assert "needs transformers: pip install 'lora_lite_fx[hf]'" in capsys.readouterr().err
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_the_command_shows_adapters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     gm = llfx.rewrite(model, llfx.LoRA(r=2))

@@ -69,7 +69,7 @@ def test_nothing_is_reported_unless_asked_for(gm: Any) -> None:
     assert "share_siblings" not in str(table)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_hugging_face_model_reports_the_passes_of_its_graph(model: Any, gm: Any) -> None:
     adapted = llfx.adapt(model, CFG)
     names = [

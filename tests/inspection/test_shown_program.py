@@ -21,7 +21,7 @@ from tests.support.conformance import close, gradients, output, randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
 from tests.support.models import Attention, GatedMLP, ids
 from tests.support.programs import PAIR, X, adapted, in_calls
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 PROGRAMS: tuple[Program, ...] = ("plain", "training", "checkpointed", "inference", "exported")
 VARIANTS = [
@@ -38,7 +38,7 @@ def close_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         close(gradient, expected[name], 1e-9, name)
 
 
-@pytest.mark.parametrize("cfg", broad_after(1, VARIANTS), ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize("cfg", broad_after(1, slow_after(2, VARIANTS)), ids=lambda cfg: type(cfg).__name__)
 @pytest.mark.parametrize("name", broad_after(2, PROGRAMS))
 def test_a_program_computes_what_the_model_computes(cfg: llfx.Variant, name: Program) -> None:
     gm = run_as(adapted(cfg, blocks=PAIR), Execution(checkpoint_layers=name == "checkpointed"))
@@ -148,7 +148,7 @@ def test_a_call_that_leaves_arguments_out_has_a_program_of_its_own() -> None:
     )
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_an_adapted_model_shows_the_graph_of_its_first_call() -> None:
     model: Any = llfx.adapt(llama()[0], LOW_RANK["LoRA"]).eval()
     randomise(model, 1)

@@ -15,7 +15,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
 from tests.support.releases import since
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 ONES = torch.ones(3, 5, dtype=torch.long)
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -47,7 +47,13 @@ def captured() -> fx.GraphModule:
 @pytest.mark.parametrize(
     ("mask", "seen"),
     broad_after(
-        2, [(None, (False, True)), (LEFT, (True, False)), (ONES, (False, True)), (RIGHT, (True, False))], several=True
+        2,
+        slow_after(
+            3,
+            [(None, (False, True)), (LEFT, (True, False)), (ONES, (False, True)), (RIGHT, (True, False))],
+            several=True,
+        ),
+        several=True,
     ),
     ids=["none", "left", "ones", "right"],
 )

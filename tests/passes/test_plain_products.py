@@ -20,7 +20,7 @@ from tests.support.conformance import randomise
 from tests.support.low_rank_llama import llama, tokens
 from tests.support.programs import derived
 from tests.support.saved import saved_bytes
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 Forward = Callable[[Any, Tensor, llfx.FrozenLinear, Any], Any]
 
@@ -116,7 +116,7 @@ def of_the_helper(**fields: Any) -> Observed:
     return observe(llfx.LoRA(**fields, **FIELDS))
 
 
-@pytest.mark.parametrize("spelling", broad_after(1, SPELLINGS))
+@pytest.mark.parametrize("spelling", broad_after(1, slow_after(4, SPELLINGS)))
 def test_a_plain_spelling_gets_the_program_of_the_helper(spelling: str) -> None:
     fields = {"dropout": 0.3} if spelling in ("matmul", "scaled input") else {}
     ours, theirs = of_the_helper(**fields), observe(written(spelling, **fields, **FIELDS))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "lora_lite_fx"
@@ -180,22 +180,26 @@ def test_private_names_stay_in_their_module() -> None:
     ("file", "line", "check"),
     broad_after(
         1,
-        [
-            ("graph/tensors.py", "from ..adapters.variant import Variant", upward),
-            ("graph/tensors.py", "    from ..adapters import variant", upward),
-            ("errors.py", "from . import graph", upward),
-            ("capture/shared_copy.py", f"import {NAME}.sites.site", upward),
-            ("sites/site.py", f"from {NAME}.capture.shared_copy import shared_copy", upward),
-            ("variants/lora.py", "from ..passes import Pipeline", upward),
-            ("formats/untrusted_files.py", "from .. import rewrite", upward),
-            (
-                "passes/optimize/group_heads.py",
-                "from ..adaptation.insert_adapter import InsertAdapter",
-                between_families,
-            ),
-            ("graph/tensors.py", "from .writes import written", circles),
-            ("adapters/param_spec.py", "from .variant import Variant", circles),
-        ],
+        slow_after(
+            5,
+            [
+                ("graph/tensors.py", "from ..adapters.variant import Variant", upward),
+                ("graph/tensors.py", "    from ..adapters import variant", upward),
+                ("errors.py", "from . import graph", upward),
+                ("capture/shared_copy.py", f"import {NAME}.sites.site", upward),
+                ("sites/site.py", f"from {NAME}.capture.shared_copy import shared_copy", upward),
+                ("variants/lora.py", "from ..passes import Pipeline", upward),
+                ("formats/untrusted_files.py", "from .. import rewrite", upward),
+                (
+                    "passes/optimize/group_heads.py",
+                    "from ..adaptation.insert_adapter import InsertAdapter",
+                    between_families,
+                ),
+                ("graph/tensors.py", "from .writes import written", circles),
+                ("adapters/param_spec.py", "from .variant import Variant", circles),
+            ],
+            several=True,
+        ),
         several=True,
     ),
 )

@@ -23,7 +23,7 @@ from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_merge import quantized_llama
 from tests.support.models import tiny_llama
 from tests.support.own_variants import registered
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 IDS = torch.randint(20, (2, 5), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Callable[[], Any], llfx.Variant, dict[str, Tensor]]] = {
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", broad_after(1, CASES))
+@pytest.mark.parametrize("name", slow_after(3, CASES))
 def test_a_merged_graph_is_saved_as_its_model(name: str, tmp_path: Path) -> None:
     build, cfg, inputs = CASES[name]
     model = build()

@@ -381,24 +381,28 @@ class MeanOfInputs(Gate):
     ("cfg", "options", "skipped"),
     broad_after(
         1,
-        [
-            (Gate(), {}, {}),
-            (OneGateForAll(), {}, {}),
-            (
-                Steering(),
-                {"start": None},
-                {"start": "start=None says that it starts elsewhere", "reached": "nothing trains"},
-            ),
-            (Plain(r=2, dropout=0.3), {}, {}),
-            (MeanOfInputs(), {}, {}),
-            (Gate(dtype=torch.float32), {}, {"bfloat16": "its config sets dtype"}),
-            ([Gate(), llfx.LoRA(r=2, target_names="up")], {"skip": ()}, {"stacks": "it is a stack already"}),
-            (
-                Unregistered(),
-                {},
-                {"file": "Unregistered is not registered: write @register above the class"},
-            ),
-        ],
+        slow_after(
+            3,
+            [
+                (Gate(), {}, {}),
+                (OneGateForAll(), {}, {}),
+                (
+                    Steering(),
+                    {"start": None},
+                    {"start": "start=None says that it starts elsewhere", "reached": "nothing trains"},
+                ),
+                (Plain(r=2, dropout=0.3), {}, {}),
+                (MeanOfInputs(), {}, {}),
+                (Gate(dtype=torch.float32), {}, {"bfloat16": "its config sets dtype"}),
+                ([Gate(), llfx.LoRA(r=2, target_names="up")], {"skip": ()}, {"stacks": "it is a stack already"}),
+                (
+                    Unregistered(),
+                    {},
+                    {"file": "Unregistered is not registered: write @register above the class"},
+                ),
+            ],
+            several=True,
+        ),
         several=True,
     ),
     ids=lambda value: type(value).__name__ if isinstance(value, llfx.Variant) else None,

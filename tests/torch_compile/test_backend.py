@@ -26,7 +26,7 @@ from lora_lite_fx.torch_compile.backend import backend, compile_graph
 from lora_lite_fx.torch_compile.record_run import record_run
 from tests.support.conformance import close, gradients, randomise, small
 from tests.support.own_variants import registered
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.support.untouched import untouched
 
 WIDTH, INNER = 4, 6
@@ -125,7 +125,9 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(
-    "cfg", broad_after(1, CONFIGS), ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__
+    "cfg",
+    broad_after(1, slow_after(3, CONFIGS)),
+    ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__,
 )
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     """Compare what `backend(cfg)` adapts to `wrap`, at several shapes and in both modes."""

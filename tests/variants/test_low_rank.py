@@ -141,7 +141,7 @@ def effective(name: str, linear: Any, p: dict[str, Tensor], down: bool = False) 
 
 
 @pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
-@pytest.mark.parametrize("cls", broad_after(1, [Net, Conv1DNet, KeywordNet]))
+@pytest.mark.parametrize("cls", broad_after(1, slow_after(2, [Net, Conv1DNet, KeywordNet])))
 @every_variant
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, example_inputs: Any) -> None:
     model, x = ready(cls()), sample(3, 5, D_IN)
@@ -168,7 +168,7 @@ def test_rank_stabilized_scales_by_the_root_of_the_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
-@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, slow_after(2, [F64, torch.float32, BF16])), ids=str)
 @some_variants
 def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
     model, x = ready(Net(), dtype), sample(5, 3, D_IN, dtype=dtype)

@@ -93,7 +93,7 @@ def test_torch_compile_and_frozen(cls: type[llfx.Variant], base: tuple[Net, Any]
         close(gm(*OTHER), expected, 1e-5, "frozen")
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @every
 def test_checkpointed_layers_and_generation(cls: type[llfx.Variant]) -> None:
     model = one_layer_llama().eval()

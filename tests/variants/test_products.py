@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.variants.lokr import _factors
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.variants.test_low_rank import BF16, F64, close, grad_of, gradients, randomised, ready, sample, tensors
 
 D_IN, D_OUT = 18, 24
@@ -104,7 +104,7 @@ def test_outputs_gradients_and_merged_weights_are_those_of_the_formula(name: str
 
 
 @pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
-@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, slow_after(2, [F64, torch.float32, BF16])), ids=str)
 @every_config
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype, how: Any) -> None:
     model, x = single(dtype=dtype), sample(5, 3, D_IN, dtype=dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.variants.test_low_rank import (
     ALPHA,
     BF16,
@@ -98,7 +98,7 @@ def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) ->
 
 
 @captures
-@pytest.mark.parametrize("cls", broad_after(1, [Net, Conv1DNet]))
+@pytest.mark.parametrize("cls", broad_after(1, slow_after(1, [Net, Conv1DNet])))
 @every_variant
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, exported: bool) -> None:
     model, x = ready(cls()), sample(3, 5, D_IN)

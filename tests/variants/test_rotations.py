@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.variants.test_low_rank import BF16, F64, close, gradients, randomised, ready, sample, tensors
 
 D_IN, D_OUT = 16, 24
@@ -136,7 +136,7 @@ def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: A
 STARTS_ELSEWHERE = ("HRA orthogonal",)
 
 
-@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, slow_after(2, [F64, torch.float32, BF16])), ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STARTS_ELSEWHERE])
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
     model, x = single(dtype), sample(5, 3, D_IN, dtype=dtype)

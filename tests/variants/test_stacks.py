@@ -138,7 +138,7 @@ def agrees_with_formula(inner: llfx.Variant, outer: llfx.Variant) -> None:
     agree(llfx.merge(gm)(X), expected, f"{who} merged")
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_unless("DoRA".__eq__, READING))
 def test_every_variant_inside_one_that_reads_the_weight(name: str) -> None:
     for inner in [*LINEAR, BIAS]:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.peft.server_rules import SERVERS
-from tests.support.selection import broad_after, broad_unless
+from tests.support.selection import broad_after, broad_unless, slow_after
 from tests.support.served_causal_models import SIZES, causal, logits, tensors_at_random
 
 EVERYWHERE: Any = {"target_names": (r"_proj$",)}
@@ -58,7 +58,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("target", broad_after(1, SERVERS))
-@pytest.mark.parametrize("name", broad_after(1, OF_LOW_RANK))
+@pytest.mark.parametrize("name", broad_after(1, slow_after(6, OF_LOW_RANK)))
 def test_the_files_hold_plain_lora_of_one_rank(name: str, target: str, tmp_path: Path) -> None:
     model, graph = llama()
     gm = adapted(graph, OF_LOW_RANK[name])

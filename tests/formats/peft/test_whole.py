@@ -133,7 +133,7 @@ def trained(model: Any, config: peft.PeftConfig) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about embeddings and ties
-@pytest.mark.parametrize("case", broad_after(1, slow_after(12, CASES)))
+@pytest.mark.parametrize("case", broad_after(1, slow_after(6, CASES)))
 def test_files_compute_the_same_both_ways_and_new_adapters_train_the_same(case: str, tmp_path: Path) -> None:
     if case == "biases of adapted modules" and not has("peft", "0.21"):
         pytest.skip("PEFT writes the biases of adapted modules since 0.21: its own files lacked them")

@@ -90,50 +90,98 @@ def require_equal(
     Raises:
         CaptureError: they differ; or the model itself raises in both modes, for inputs of the user.
     """
-    name = type(model).__name__
     if not has_data(model, calls[0]):
         return
-    questions, raising = Questions(), list[_ModelRaises]()
-    compared = f"the graph of {name} with the model"
+    first = shown = calls[0]
+    compared = f"the graph of {type(model).__name__} with the model"
     with phase(f"compared {compared}", f"comparing {compared}") as details:
-        first, *others = _modes(model)
-        in_evaluation = calls[1:] if same_in_both_modes and len(calls) > 1 else calls
-        pairs = [*((call, first) for call in in_evaluation), *((calls[0], each) for each in others)]
-        if (with_others := None if made else varied(calls[0])) is not None:
-            pairs += [(with_others, (f"{mode} with other numbers in them", where)) for mode, where in (first, *others)]
-        shown = calls[0]  # the call that shows most, of those that were compared in evaluation
-        for call, (mode, where) in pairs:
-            try:
-                rows = _all_rows(gm, model, call, mode, where, questions)
-            except CaptureError:
-                raise
-            except _ModelRaises as reason:
-                details.append(f"not in {mode}, where the model raises {reason}")
-                if call is calls[0]:
-                    raising.append(reason)
-                    if in_evaluation is not calls:  # the call was not compared in evaluation
-                        in_evaluation = calls
-                        pairs.append((call, first))
-                continue
-            except Exception as error:
-                if call is with_others or (is_other_decision(error) and call is not calls[0]):
-                    details.append(f"not in {mode} for another call, where the model decides otherwise")
-                    continue
-                first_line = next(iter(str(error).splitlines()), "")
-                raise CaptureError(
-                    f"The graph of {name} raises on the example inputs in {mode}, where the model does not:"
-                    f" {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
-                ) from error
-            if wrong := [row for row in rows if row.is_result and not row.ok]:
-                raise _differs(name, model, wrong[0], next(row for row in rows if not row.ok), hint, questions)
-            if call is with_others and where is first[1]:
-                shown = call
-            details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
-        if len(raising) == 1 + len(others) and not made:
-            raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
-        hold_answers(gm, model, shown, questions)
-    if questions.counted is not None:
-        warn_of_count(model, questions.counted)
+        comparison = _Comparison(gm, model, first, hint, details)
+        evaluation, *others = _modes(model)
+        only_training = same_in_both_modes and len(calls) > 1
+        for call in calls[1:] if only_training else calls:
+            comparison.compare(call, *evaluation)
+        for mode in others:
+            comparison.compare(first, *mode)
+        if only_training and comparison.raised:
+            comparison.compare(first, *evaluation)
+        if len(comparison.raised) == 1 + len(others) and not made:
+            cause = comparison.raised[0].__cause__
+            raise _raises_itself(model, cause or comparison.raised[0]) from cause
+        if (with_others := None if made else varied(first)) is not None:
+            for mode in (evaluation, *others):
+                ran = comparison.compare(with_others, f"{mode[0]} with other numbers in them", mode[1], of_ours=True)
+                shown = with_others if ran and mode is evaluation else shown
+        hold_answers(gm, model, shown, comparison.questions)
+    if comparison.questions.counted is not None:
+        warn_of_count(model, comparison.questions.counted)
+
+
+class _Comparison:
+    """A comparison of a graph with its model, on one call after the other.
+
+    Args:
+        gm, model: neither is changed.
+        first: the call of which it counts where the model raises.
+        hint: as of `require_equal`.
+        details: gets what the log says of each comparison.
+    """
+
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, first: Call, hint: str, details: list[str]) -> None:
+        self.gm, self.model, self.first, self.hint, self.details = gm, model, first, hint, details
+        self.questions = Questions()
+        self.raised: list[_ModelRaises] = []
+
+    def compare(self, call: Call, mode: str, where: Mode, of_ours: bool = False) -> bool:
+        """Compare on a call in a mode, and return whether both have run; raise `CaptureError` as `require_equal`.
+
+        Args:
+            call, mode, where: the inputs, the mode as messages name it, and the mode of each part.
+            of_ours: whether some numbers of the inputs are not the user's. It is no matter then if the graph raises.
+        """
+        try:
+            rows = _all_rows(self.gm, self.model, call, mode, where, self.questions)
+        except CaptureError:
+            raise
+        except _ModelRaises as reason:
+            self.details.append(f"not in {mode}, where the model raises {reason}")
+            if call is self.first:
+                self.raised.append(reason)
+            return False
+        except Exception as error:
+            if of_ours or (is_other_decision(error) and call is not self.first):
+                self.details.append(f"not in {mode} for another call, where the model decides otherwise")
+                return False
+            first_line = next(iter(str(error).splitlines()), "")
+            raise CaptureError(
+                f"The graph of {type(self.model).__name__} raises on the example inputs in {mode}, where the model does"
+                f" not: {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
+            ) from error
+        if wrong := [row for row in rows if row.is_result and not row.ok]:
+            raise self._error(wrong[0], next(row for row in rows if not row.ok))
+        self.details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
+        return True
+
+    def _error(self, result: Difference, first: Difference) -> CaptureError:
+        """Return what to raise for a result that differs; `first` is the first that does, of modules too."""
+        asked = "".join(f" The model asks {kind} at {line}." for kind, line in self.questions.asked.items())
+        where = ""
+        if not first.is_result:
+            path = first.module.partition("[")[0].partition("@")[0]
+            parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)][:2]
+            named = [f"{parent} ({type(self.model.get_submodule(parent)).__name__})" for parent in parents]
+            where = (
+                f" The first module whose output differs is {' in '.join(named)}, by {first.difference:.2g},"
+                f" {first.relative:.1%} of the largest value."
+            )
+        return CaptureError(
+            f"The graph of {type(self.model).__name__} differs from the model on the example inputs in {result.mode}:"
+            f" {result.module} by {result.difference:.2g}, {result.relative:.1%} of its largest value.{where}{asked}"
+            " The model computes something else while it is traced, or looks at the values of its inputs, of which a"
+            " graph follows one case.\nThe way out:"
+            f"{self.hint} write that branch in tensor operations (torch.where, torch.cond), or {COMPILE_INSTEAD}."
+            " verify=False captures the model all the same, and llfx.verify(graph, model, inputs) lists the"
+            " differences."
+        )
 
 
 def follows_each_part(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
@@ -300,26 +348,3 @@ def _modes(model: nn.Module) -> list[tuple[str, Mode]]:
     modes = modes_of(model)
     of_parts = [(_OF_PARTS, modes)] if len(set(modes.values())) > 1 else []
     return [("evaluation", False), ("training", True), *of_parts]
-
-
-def _differs(
-    name: str, model: nn.Module, result: Difference, first: Difference, hint: str, questions: Questions
-) -> CaptureError:
-    asked = "".join(f" The model asks {kind} at {line}." for kind, line in questions.asked.items())
-    where = ""
-    if not first.is_result:
-        path = first.module.partition("[")[0].partition("@")[0]
-        parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)][:2]
-        named = [f"{parent} ({type(model.get_submodule(parent)).__name__})" for parent in parents]
-        where = (
-            f" The first module whose output differs is {' in '.join(named)}, by {first.difference:.2g},"
-            f" {first.relative:.1%} of the largest value."
-        )
-    return CaptureError(
-        f"The graph of {name} differs from the model on the example inputs in {result.mode}: {result.module} by"
-        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where}{asked} The model computes"
-        " something else while it is traced, or looks at the values of its inputs, of which a graph follows one case."
-        "\nThe way out:"
-        f"{hint} write that branch in tensor operations (torch.where, torch.cond), or {COMPILE_INSTEAD}. verify=False"
-        " captures the model all the same, and llfx.verify(graph, model, inputs) lists the differences."
-    )

@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         f"{_CAPTURE}compare.py",
-        "None if made else varied(calls[0])",
+        "None if made else varied(first)",
         "None",
         "what a trace changes is not seen if the example's inputs are zeros",
         f"{_GATES}a_product_that_a_trace_changes_is_seen_behind_inputs_of_zeros",

@@ -266,12 +266,8 @@ def _compare(
         nudged = [outputs_of_model(model, call, where, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
-    if expected.remembered is not None:
-        raise CaptureError(
-            f"{type(model).__name__} keeps {expected.remembered.name} from one call for the next"
-            f"{expected.remembered.line}, outside of the cache that it returns, which a graph does not. The way out:"
-            f" call it without a cache (use_cache=False), or {COMPILE_INSTEAD}."
-        )
+    if expected.kept:
+        raise CaptureError(f"{type(model).__name__} {expected.kept}")
     if expected.counted is not None and questions is not None:
         questions.counted = expected.counted
     actual = outputs_of_graph(gm, model, call, where, by_module, in_any_order=by_module)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..compat.torch import TorchDispatchMode, is_wrapped, pytree
+from ..compat.torch import is_wrapped, pytree
+from ..errors import COMPILE_INSTEAD
 from ..graph.modes import set_modes
 from ..graph.tensors import has_values, tensor_of
 from ..graph.writes import written_tensors
+from .comparable import comparable
 from .graph_calls import values_of_call
-from .process_state.python_state import Change, PythonState, state_put_back
+from .process_state.python_state import Change, PythonState, new_parameter, state_put_back
 from .process_state.questions import Questions
 from .shared_copy import shared_copy
 
@@ -40,14 +42,14 @@ class Outputs:
         buffers: their values afterwards, by qualified name.
         modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
             have returned. The second call of a module has `@1` after its name.
-        remembered: what the run left in Python, if the same call has other results after it.
+        kept: what to say of what the run has left for later calls, if a graph cannot; empty if there is nothing.
         counted: what the run left in Python, and the same call changes again, if it has the same results.
     """
 
     results: dict[str, Any]
     buffers: dict[str, Tensor]
     modules: dict[str, list[Tensor]] = field(default_factory=dict)
-    remembered: Change | None = None
+    kept: str = ""
     counted: Change | None = None
 
 
@@ -67,6 +69,7 @@ def outputs_of_model(
     watch: AbstractContextManager[Any] | None = None,
     in_any_order: bool = True,
     questions: Questions | None = None,
+    seed: int | None = None,
 ) -> Outputs:
     """Run a copy of a model.
 
@@ -83,6 +86,7 @@ def outputs_of_model(
             each operator; without, they are the same for those who draw the same ones in the same order.
         questions: get what the model asks of the process. With them, a call that leaves something in Python is run
             again, unless `by_module`.
+        seed: of the random numbers; None for those that the generators would draw now.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -92,6 +96,7 @@ def outputs_of_model(
     ]
     twin = shared_copy(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
     put(twin, mode)
+    parameters = [*twin.parameters()]
     if nudge:
         for module in twin.modules():
             if not list(module.children()):
@@ -100,11 +105,12 @@ def outputs_of_model(
     watching = watch or (nullcontext() if questions is None else questions.watched())
     with state_put_back(twin) as before:
         args, kwargs = copied(call)
-        with comparable(model, in_any_order=in_any_order), watching:
+        with comparable(model, in_any_order=in_any_order, seed=seed), watching:
             returned = twin(*args, **kwargs)
         outputs = Outputs(results_of(returned), buffers_of(twin), modules)
         if questions is not None and not by_module:
-            _look_at_the_same_call_again(outputs, twin, before, model, call)
+            _look_at_the_same_call_again(outputs, twin, before, model, call, mode, writes)
+            outputs.kept = new_parameter(twin, parameters) or outputs.kept
     return outputs
 
 
@@ -125,22 +131,46 @@ def _kept_outputs(twin: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def _look_at_the_same_call_again(
-    outputs: Outputs, twin: nn.Module, before: PythonState, model: nn.Module, call: Call
+    outputs: Outputs,
+    twin: nn.Module,
+    before: PythonState,
+    model: nn.Module,
+    call: Call,
+    mode: Mode,
+    writes: Sequence[str],
 ) -> None:
-    """Note in `outputs` what a run left in Python, if the same call has other results then, or changes it again."""
-    names = dict(twin.named_buffers(remove_duplicate=False)).keys()
+    """Note in `outputs` what a run left in Python, if the same call has other results then, or changes it again.
+
+    Other results than it would have as the first call, with the same random numbers. These are others than those of the
+    run, which may have kept some.
+    """
+    names = dict(model.named_buffers(remove_duplicate=False)).keys()
     left = [change for change in before.changes() if change.name not in names]
     if not left:
         return
-    args, kwargs = copied(call)
-    buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in names}
+
     later = PythonState(twin)
-    with comparable(model, in_any_order=False):
-        again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
-    if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
-        outputs.remembered = left[0]
+
+    def is_as_the_first(in_any_order: bool) -> bool:
+        before.restore()  # of classes and files too, which all copies share
+        first = outputs_of_model(model, call, mode, writes, in_any_order=in_any_order, seed=1).results
+        later.restore()
+        args, kwargs = copied(call)
+        buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in dict(twin.named_buffers())}
+        with comparable(model, in_any_order=in_any_order, seed=1):
+            again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
+        return all(_is_same(value, again.get(path)) for path, value in first.items())
+
+    is_same = is_as_the_first(in_any_order=False)
     changed = (change for change in later.changes() if change.is_count and change.name not in names)
     outputs.counted = next(changed, None)
+    # A first call may draw more numbers than later ones: BigBird makes modules in that of a short text.
+    if not is_same and not is_as_the_first(in_any_order=True):
+        outputs.kept = (
+            f"keeps {left[0].name} from one call for the next{left[0].line}, outside of the cache that it returns,"
+            " which a graph does not. The way out: call the model once before, if only the first call sets it;"
+            f" use_cache=False; or {COMPILE_INSTEAD}."
+        )
 
 
 def put(model: nn.Module, mode: Mode) -> None:
@@ -287,48 +317,3 @@ def as_before(gm: fx.GraphModule) -> Iterator[None]:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])
-
-
-@contextmanager
-def comparable(model: nn.Module, with_gradients: bool = False, in_any_order: bool = True) -> Iterator[None]:
-    """Run something that is compared, and leave the random generators as they are.
-
-    Args:
-        model: what runs; says on which devices.
-        with_gradients: whether to record for a backward pass.
-        in_any_order: whether random numbers do not depend on the order in which they are drawn.
-    """
-    devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
-    # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(with_gradients))
-            stack.enter_context(torch.random.fork_rng(devices))
-            if in_any_order:
-                stack.enter_context(_SameDraws(devices))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-class _SameDraws(TorchDispatchMode):
-    """Seed the generators before each operator that draws random numbers.
-
-    So what it draws depends on its arguments alone. A graph may draw in another order than its model, for instance
-    where a value is computed that nobody reads.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        cuda = [torch.cuda.default_generators[device.index] for device in devices]
-        self.generators = [torch.default_generator, *cuda]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            for generator in self.generators:
-                generator.manual_seed(0)
-        return func(*args, **(kwargs or {}))

@@ -21,9 +21,15 @@ class DropEmptyParts(GraphPass):
     def run(self, gm: fx.GraphModule) -> int:
         edits = 0
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
-            parts = [part for part in node.args[0] if part.meta["val"].shape != (0,)]
+            parts = [part for part in node.args[0] if not _has_no_element(part)]
             is_of_one_type = len({part.meta["val"].dtype for part in node.args[0]}) == 1
             if parts and len(parts) < len(node.args[0]) and is_of_one_type:
                 node.args = (parts, *node.args[1:])
                 edits += 1
         return edits
+
+
+def _has_no_element(node: fx.Node) -> bool:
+    """Tell whether a node is a tensor of shape `(0,)`, whatever values sizes that follow from values take."""
+    shape = node.meta["val"].shape
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0

@@ -4,6 +4,7 @@ from .mutant import Mutant
 
 _CAPTURE, _HUGGING_FACE = "lora_lite_fx/capture/", "lora_lite_fx/hugging_face/"
 _GATES = "tests/capture/test_revealing.py::test_"
+_FIRST = "tests/capture/test_first_calls.py::test_"
 _COMPUTED = "tests/hugging_face/test_computed_arguments.py::test_"
 
 MUTANTS = (
@@ -132,5 +133,26 @@ MUTANTS = (
         "tensor.shape))",
         "a graph that has copies of statistics differs from its model, which is refused",
         f"{_GATES}copies_of_buffers_get_the_same_values_by_their_names",
+    ),
+    Mutant(
+        f"{_CAPTURE}outputs.py",
+        "new_parameter(twin, parameters) or outputs.kept",
+        "outputs.kept",
+        "a layer that a model makes in its first call is drawn anew in each call of the graph",
+        f"{_FIRST}what_the_first_call_makes_is_refused_and_captured_after_it",
+    ),
+    Mutant(
+        f"{_CAPTURE}comparable.py",
+        "            if seed is not None:\n",
+        "            if False:\n",
+        "numbers that a model draws in its first call and keeps are drawn anew in each call of the graph",
+        f"{_FIRST}what_the_first_call_makes_is_refused_and_captured_after_it",
+    ),
+    Mutant(
+        f"{_CAPTURE}quirks/remembered_results.py",
+        "[vars(module), *(vars(module)[registry] for registry in REGISTRIES)]",
+        "[vars(module)]",
+        "a model that makes a buffer in its first call is not compared with its graph",
+        f"{_FIRST}a_branch_that_a_trace_changes_is_seen_beside_a_buffer_of_the_first_call",
     ),
 )

@@ -44,3 +44,18 @@ def test_a_part_that_is_not_empty_or_of_another_type_stays(dtype: torch.dtype, s
     assert report.edits == 0
     assert torch.equal(dropped(x), gm(x))
     assert dropped(x).dtype == dtype
+
+
+class Picks(nn.Module):
+    """Joins the elements that a mask shows, however many these are."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([x[mask], x.flatten()])
+
+
+def test_a_part_whose_size_follows_from_values_stays() -> None:
+    x, mask = torch.randn(2, 4), torch.rand(2, 4) > 0.5
+    gm = torch.export.export(Picks(), (x, mask)).module()
+    same, report = after(gm, DropEmptyParts())
+    assert report.edits == 0
+    assert torch.equal(same(x, mask), gm(x, mask))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from ...errors import CaptureError, is_instance_of, shown
 from ...graph.sharded import is_stage
@@ -54,6 +55,8 @@ def wrapper_hint(model: nn.Module) -> str:
         )
     if is_stage(model):
         return "it is a stage of a pipeline. The way out: do this before split."
+    if unmade := [path for path, tensor in model.named_parameters() if is_lazy(tensor)]:
+        return f"its parameter {unmade[0]} gets its shape in the first call. The way out: call the model once before."
     if divided := [path for path, tensor in model.named_parameters() if is_instance_of(tensor, "torch", "DTensor")]:
         return (
             f"its parameters are DTensors ({divided[0]}, ...), as tensor parallelism makes them, which torch.export"

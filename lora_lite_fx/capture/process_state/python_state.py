@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,10 +60,14 @@ class _Holder:
         return not name.startswith("__") and _is_plain(value)
 
 
+def _own_classes(module: nn.Module) -> tuple[type, ...]:
+    return tuple(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
+
+
 def _holders(model: nn.Module) -> Iterator[_Holder]:
     kinds: dict[type, None] = {}
     for name, module in model.named_modules():
-        own = tuple(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
+        own = _own_classes(module)
         kinds |= dict.fromkeys(own)
         registries = [vars(module)[registry] for registry in REGISTRIES if registry != MODULES]
         for values in (vars(module), *registries):
@@ -182,6 +186,7 @@ def _is_same(was: Any, now: Any) -> bool:
 
 def _contents_put_back(now: Any, was: Any) -> Any:
     """Return the object of now, a container, with the contents of before: others may hold it. Else what was before."""
+    was = _copied(was)
     if type(now) is not type(was) or type(was) not in (list, dict, set):
         return was
     now.clear()
@@ -206,6 +211,22 @@ def _line_of(name: str, sources: tuple[Any, ...]) -> str:
                 method = begun[1]
             if method not in ("", "__init__") and line[:1].isspace() and changed.search(line):
                 return f" at `{line.strip()}` ({file}:{number})"
+    return ""
+
+
+def new_parameter(model: nn.Module, known: Sequence[nn.Parameter]) -> str:
+    """Return what a call has made if `model` has a parameter that is none of those known; empty if it has not."""
+    before = set(map(id, known))
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in before:
+                owner, _, part = path.rpartition(".")
+                line = _line_of(name, _own_classes(module)) or _line_of(part, _own_classes(model.get_submodule(owner)))
+                made = f"{path}.{name}".lstrip(".")
+                return (
+                    f"makes its parameter {made} in the first call{line}, and a graph would make it anew in each. The"
+                    " way out: call the model once before it is captured."
+                )
     return ""
 
 

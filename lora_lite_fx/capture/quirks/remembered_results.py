@@ -17,6 +17,7 @@ from typing import Any
 from torch import SymBool, SymFloat, SymInt, nn
 
 from ...compat.torch import FakeTensor, FunctionalTensor
+from ...compat.torch_modules import REGISTRIES
 from .quirk import Call, Quirk, always, files_of
 
 
@@ -27,19 +28,32 @@ def forgetting(model: nn.Module, call: Call) -> Iterator[None]:
     Safe because what a function learns from calls of a model saves time and nothing else, and modules get back what
     they had before. A function that learns nothing in the body keeps all, as one that holds the models of a script.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    attributes = [(now, dict(now)) for module in model.modules() for now in _places_of(module)]
     files = [*files_of(model)]
     before = {function: function.cache_info().misses for function in _remembering(files)}
     try:
         yield
     finally:
         for now, then in attributes:
-            for name in [name for name, value in now.items() if isinstance(value, _WITHOUT_DATA)]:
-                del now[name]
-                now.update({name: then[name]} if name in then else {})
+            for name in [name for name, value in now.items() if _is_without_data(value)]:
+                if name in then:
+                    now[name] = then[name]
+                else:
+                    del now[name]
         for function in _remembering(files):
             if function.cache_info().misses != before.get(function, 0):
                 function.cache_clear()
+
+
+def _places_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Return what holds the attributes, parameters, buffers and children of a module by name, and no copies."""
+    return [vars(module), *(vars(module)[registry] for registry in REGISTRIES)]
+
+
+def _is_without_data(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return any(isinstance(tensor, _WITHOUT_DATA) for tensor in (*value.parameters(), *value.buffers()))
+    return isinstance(value, _WITHOUT_DATA)
 
 
 _WITHOUT_DATA = (FakeTensor, FunctionalTensor, SymInt, SymFloat, SymBool)

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ...compat.torch import SET_GRAD_ENABLED
 from ...compat.torch_modules import buffers_of
 from ...errors import COMPILE_INSTEAD, CaptureError
-from ..process_state.python_state import PythonState, state_put_back, warn_of_count
+from ..process_state.python_state import PythonState, new_parameter, state_put_back, warn_of_count
 from ..process_state.questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
 from .branches import same_graphs
 from .tracer import recorded, symbolic_trace
@@ -25,16 +25,18 @@ def trace_without_constants(model: nn.Module) -> fx.GraphModule:
     """Return what `symbolic_trace` returns.
 
     Raises:
-        CaptureError: the model cannot be traced, or the graph would have a constant where the model asks the process or
-            changes its own state.
+        CaptureError: the model cannot be traced or makes parameters, or the graph would have a constant where the model
+            asks the process or changes its own state.
 
     Warns:
         UserWarning: the model changes a value in each call, such as a count, and nothing shows what it is for.
     """
-    questions = Questions()
+    questions, parameters = Questions(), [*model.parameters()]
     with state_put_back(model) as state:
         with questions.watched():
             gm = symbolic_trace(model)
+        if made := new_parameter(model, parameters):
+            raise CaptureError(f"{type(model).__name__} {made}")
         _require_no_state(model, gm, state)
     for kind, line in questions.asked.items():
         if kind == INFERENCE_REGION:

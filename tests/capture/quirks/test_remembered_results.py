@@ -89,6 +89,24 @@ def test_a_count_that_nothing_follows_from_is_captured() -> None:
         torch.testing.assert_close(gm.train(training)(x), model.train(training)(x))
 
 
+class DrawsOnce(nn.Dropout):
+    """Makes a layer that nobody runs in its first call, and draws its values, as BigBird does for a short text."""
+
+    layer: nn.Module | None = None
+    has_layer = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.has_layer:
+            self.layer, self.has_layer = nn.Linear(3, 3), True
+        return super().forward(input)
+
+
+def test_numbers_that_the_first_call_alone_draws_are_nothing_that_it_keeps() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 64), DrawsOnce()), torch.randn(5, 4)
+    gm = llfx.capture(model, (torch.randn(2, 4),))
+    torch.testing.assert_close(gm.eval()(x), model.eval()(x))
+
+
 def test_what_is_the_same_in_each_call_is_captured() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), Tabulating(4, 3)), torch.randn(5, 4)
     torch.testing.assert_close(llfx.capture(model, (torch.randn(2, 4),))(x), model(x))

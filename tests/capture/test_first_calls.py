@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,10 +20,13 @@ X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_se
 class Makes(nn.Module):
     """A linear, and what a function does with its result: it may make something in the first call."""
 
+    shared: Tensor | None = None
+
     def __init__(self, after: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         self.linear, self.after = nn.Linear(4, 4), after
         self.made: Any = None
+        self.holder = Holder()
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.after(self, self.linear(x))
@@ -55,6 +58,39 @@ def drawn_buffer(m: Any, y: Tensor) -> Any:
     return y * m.noise
 
 
+TABLES: dict[str, Tensor] = {}
+
+
+class Holder:
+    """An object of a user's class that is no module."""
+
+    noise: Tensor | None = None
+
+
+def drawn_table_of_the_file(m: Any, y: Tensor) -> Any:
+    if "noise" not in TABLES:
+        TABLES["noise"] = torch.rand(4, dtype=torch.float64)
+    return y * TABLES["noise"]
+
+
+def drawn_in_an_object(m: Any, y: Tensor) -> Any:
+    if m.holder.noise is None:
+        m.holder.noise = torch.rand(4, dtype=torch.float64)
+    return y * m.holder.noise
+
+
+def table_of_the_class(m: Any, y: Tensor) -> Any:
+    if Makes.shared is None:
+        Makes.shared = torch.arange(4, dtype=torch.float64)
+    return y * Makes.shared
+
+
+def table_of_the_file(m: Any, y: Tensor) -> Any:
+    if "counted" not in TABLES:
+        TABLES["counted"] = torch.arange(4, dtype=torch.float64)
+    return y * TABLES["counted"]
+
+
 def counted_table(m: Any, y: Tensor) -> Any:
     if m.made is None:
         m.register_buffer("table", torch.arange(4).to(y))
@@ -67,12 +103,21 @@ def tied(m: Any, y: Tensor) -> Any:
     return nn.functional.linear(y, m.same)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    yield
+    TABLES.clear()
+    Makes.shared = None
+
+
 @pytest.mark.parametrize(
     ("after", "message"),
     [
         (layer, r"Makes makes its parameter made\.weight in the first call.*The way out: call the model once"),
         (parameter, r"Makes makes its parameter made in the first call.*The way out: call the model once"),
         (drawn_tensor, r"Makes keeps made from one call for the next.*The way out: call the model once before"),
+        (drawn_table_of_the_file, r"Makes keeps TABLES from one call for the next.*The way out: call the model once"),
+        (drawn_in_an_object, r"Makes keeps holder\.noise from one call for the next.*The way out: call the model once"),
         (drawn_buffer, r"Makes keeps (made|noise) from one call for the next.*The way out: call the model once before"),
     ],
 )
@@ -94,10 +139,12 @@ def test_a_parameter_that_a_symbolic_trace_makes_is_refused() -> None:
         llfx.rewrite(Makes(parameter).double(), CFG)
 
 
-@pytest.mark.parametrize("after", [counted_table, tied])
-def test_what_each_call_would_make_alike_is_captured(after: Any) -> None:
+@pytest.mark.parametrize("after", [counted_table, tied, table_of_the_class, table_of_the_file])
+def test_what_each_call_would_make_alike_is_captured_and_nothing_of_the_capture_stays(after: Any) -> None:
     model = Makes(after).double()
     gm = llfx.capture(model, (X,))
+    assert Makes.shared is None
+    assert not TABLES
     close(gm(X + 1), model(X + 1), 1e-12, "output")
 
 

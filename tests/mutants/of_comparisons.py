@@ -150,9 +150,23 @@ MUTANTS = (
     ),
     Mutant(
         f"{_CAPTURE}quirks/remembered_results.py",
-        "[vars(module), *(vars(module)[registry] for registry in REGISTRIES)]",
-        "[vars(module)]",
+        "        state.restore(_has_no_data)\n",
+        "",
         "a model that makes a buffer in its first call is not compared with its graph",
         f"{_FIRST}a_branch_that_a_trace_changes_is_seen_beside_a_buffer_of_the_first_call",
+    ),
+    Mutant(
+        f"{_CAPTURE}process_state/python_state.py",
+        " or isinstance(value, Tensor)",
+        "",
+        "tensors of a run without data stay in tables of the user's files and classes",
+        f"{_FIRST}what_each_call_would_make_alike_is_captured_and_nothing_of_the_capture_stays",
+    ),
+    Mutant(
+        f"{_CAPTURE}process_state/python_state.py",
+        "in _held_objects(model):",
+        "in ():",
+        "numbers that an object in a model draws in the first call and keeps are drawn anew in each call of the graph",
+        f"{_FIRST}what_the_first_call_makes_is_refused_and_captured_after_it",
     ),
 )

@@ -1,4 +1,4 @@
-"""See what a call of a model changes in Python: attributes of modules, of their classes, and globals of their files.
+"""See what a call of a model changes in Python: in modules, objects that they hold, their classes and their files.
 
 A graph has no such state: what it reads is a constant, and what the model changes stays as it is.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...compat.torch_modules import MODULES, REGISTRIES
 from ...errors import COMPILE_INSTEAD
@@ -27,7 +27,7 @@ _OF_ALL_MODULES = vars(nn.Module()).keys() - {"training"}
 _ABSENT: Any = object()
 _DEEPEST, _LONGEST = 2, 100
 """How far containers are looked into, and how long they may be; of others, only the object itself is compared."""
-_NOT_OF_THE_MODEL = ("torch", "builtins", __name__.partition(".")[0])
+_NOT_OF_THE_MODEL = {*sys.stdlib_module_names, "torch", __name__.partition(".")[0]}
 """The packages whose classes and files are no part of a model."""
 
 
@@ -54,14 +54,25 @@ class _Holder:
         return {name: _copied(value) for name, value in self.read().items() if self.has(name, value)}
 
     def has(self, name: str, value: Any) -> bool:
-        """Tell whether a value is state: anything of a module; numbers, texts and containers of these elsewhere."""
+        """Tell whether a value is state: anything of a module or an object in one, numbers and the like elsewhere."""
         if self.path:
             return name not in _OF_ALL_MODULES
         return not name.startswith("__") and _is_plain(value)
 
 
-def _own_classes(module: nn.Module) -> tuple[type, ...]:
-    return tuple(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
+def _own_classes(instance: object) -> tuple[type, ...]:
+    return tuple(kind for kind in type(instance).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
+
+
+def _held_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of classes of a user that modules have as attributes, by name and each once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if hasattr(value, "__dict__") and _own_classes(value) and not isinstance(value, (type, nn.Module, Tensor)):
+                if id(value) not in seen:
+                    yield f"{path}.{name}".lstrip("."), value
+                seen.add(id(value))
 
 
 def _holders(model: nn.Module) -> Iterator[_Holder]:
@@ -73,6 +84,10 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
         for values in (vars(module), *registries):
             read: Callable[[], dict[str, Any]] = partial(dict, values)  # a registry may be a mapping of another class
             yield _Holder(f"{name}." if name else "self.", read, values.__setitem__, values.__delitem__, own)
+    for path, held in _held_objects(model):
+        values = vars(held)
+        read = partial(dict, values)
+        yield _Holder(f"{path}.", read, values.__setitem__, values.__delitem__, _own_classes(held))
     for kind in kinds:
         yield _Holder("", partial(vars, kind), partial(setattr, kind), partial(delattr, kind), (kind,))
     for file in dict.fromkeys(kind.__module__ for kind in kinds):
@@ -126,9 +141,11 @@ class PythonState:
             for holder, name, was, now in self._changes()
         ]
 
-    def restore(self) -> None:
-        """Put back what was there before."""
+    def restore(self, where: Callable[[Any], bool] = lambda now: True) -> None:
+        """Put back what was there before, in the place of those values of now for which `where` is true."""
         for holder, name, was, now in list(self._changes()):
+            if not where(now):
+                continue
             if was is _ABSENT:
                 holder.delete(name)
             else:
@@ -155,7 +172,7 @@ def state_put_back(model: nn.Module) -> Iterator[PythonState]:
 
 def _is_plain(value: Any, deepest: int = _DEEPEST) -> bool:
     if type(value) not in _CONTAINERS or not deepest or len(value) > _LONGEST:
-        return type(value) in _PLAIN
+        return type(value) in _PLAIN or isinstance(value, Tensor)
     items = (*value, *value.values()) if type(value) is dict else value
     return all(_is_plain(item, deepest - 1) for item in items)
 

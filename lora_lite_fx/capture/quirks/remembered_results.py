@@ -1,6 +1,7 @@
-"""Let functions and modules forget what they remember of a run without data, which a later call would get as values.
+"""Let functions, classes, files and modules forget what they remember of a run without data.
 
-`functools.lru_cache` keeps results by arguments such as sizes, for all models of a class.
+A later call would get it as values. `functools.lru_cache` keeps results by arguments such as sizes, for all models of a
+class; so do tables in classes and files.
 
 Needed by DINOv3, whose positions are remembered by sizes, and by Clvp, RecurrentGemma and Funnel, which keep rotations,
 states and a length in modules. Entered for every model, because the user's own model would return tensors without data.
@@ -17,25 +18,29 @@ from typing import Any
 from torch import SymBool, SymFloat, SymInt, nn
 
 from ...compat.torch import FakeTensor, FunctionalTensor
-from ...compat.torch_modules import REGISTRIES
+from ...compat.torch_modules import children_of
+from ..process_state.python_state import PythonState
 from .quirk import Call, Quirk, always, files_of
 
 
 @contextmanager
 def forgetting(model: nn.Module, call: Call) -> Iterator[None]:
-    """Let the functions in the modules of `model`'s classes forget what they learn in the body; and modules theirs.
+    """Let functions in the files of `model`'s classes forget what they learn in the body, and put back its state.
 
-    Safe because what a function learns from calls of a model saves time and nothing else, and modules get back what
-    they had before. A function that learns nothing in the body keeps all, as one that holds the models of a script.
+    Safe because what a function learns from calls of a model saves time and nothing else, and modules, classes and
+    files get back what they had before. A function that learns nothing in the body keeps all, as one that holds the
+    models of a script.
     """
-    attributes = [(now, dict(now)) for module in model.modules() for now in _places_of(module)]
+    state = PythonState(model)
+    children = [(children_of(module), dict(children_of(module))) for module in model.modules()]
     files = [*files_of(model)]
     before = {function: function.cache_info().misses for function in _remembering(files)}
     try:
         yield
     finally:
-        for now, then in attributes:
-            for name in [name for name, value in now.items() if _is_without_data(value)]:
+        state.restore(_has_no_data)
+        for now, then in children:
+            for name in [name for name, child in now.items() if child is not then.get(name) and _has_no_data(child)]:
                 if name in then:
                     now[name] = then[name]
                 else:
@@ -45,14 +50,12 @@ def forgetting(model: nn.Module, call: Call) -> Iterator[None]:
                 function.cache_clear()
 
 
-def _places_of(module: nn.Module) -> list[dict[str, Any]]:
-    """Return what holds the attributes, parameters, buffers and children of a module by name, and no copies."""
-    return [vars(module), *(vars(module)[registry] for registry in REGISTRIES)]
-
-
-def _is_without_data(value: Any) -> bool:
+def _has_no_data(value: Any) -> bool:
+    """Tell whether a value, or a part of it, is of a run without data."""
     if isinstance(value, nn.Module):
-        return any(isinstance(tensor, _WITHOUT_DATA) for tensor in (*value.parameters(), *value.buffers()))
+        return any(map(_has_no_data, (*value.parameters(), *value.buffers())))
+    if type(value) in (list, tuple, set, dict):
+        return any(map(_has_no_data, value.values() if type(value) is dict else value))
     return isinstance(value, _WITHOUT_DATA)
 
 

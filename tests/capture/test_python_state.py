@@ -64,9 +64,16 @@ def test_changes_are_named_and_put_back() -> None:
 
 def test_a_table_of_objects_in_a_file_is_no_state() -> None:
     with state_put_back(Around()) as state:
-        TABLES["a"] = torch.zeros(1)
+        TABLES["a"] = object()
         assert state.changes() == []
     assert TABLES.pop("a") is not None
+
+
+def test_a_table_of_tensors_in_a_file_is_put_back() -> None:
+    with state_put_back(Around()) as state:
+        TABLES["a"] = torch.zeros(1)
+        assert [change.name for change in state.changes()] == ["TABLES"]
+    assert TABLES == {}
 
 
 def test_the_state_is_put_back_after_an_error() -> None:

@@ -85,9 +85,9 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
             read: Callable[[], dict[str, Any]] = partial(dict, values)  # a registry may be a mapping of another class
             yield _Holder(f"{name}." if name else "self.", read, values.__setitem__, values.__delitem__, own)
     for path, held in _held_objects(model):
-        values = vars(held)
-        read = partial(dict, values)
-        yield _Holder(f"{path}.", read, values.__setitem__, values.__delitem__, _own_classes(held))
+        own, values = _own_classes(held), vars(held)
+        kinds |= dict.fromkeys(own)
+        yield _Holder(f"{path}.", partial(dict, values), values.__setitem__, values.__delitem__, own)
     for kind in kinds:
         yield _Holder("", partial(vars, kind), partial(setattr, kind), partial(delattr, kind), (kind,))
     for file in dict.fromkeys(kind.__module__ for kind in kinds):

@@ -64,14 +64,14 @@ def _own_classes(instance: object) -> tuple[type, ...]:
     return tuple(kind for kind in type(instance).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
 
 
-def _held_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the objects of classes of a user that modules have as attributes, by name and each once."""
+def _held_objects(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+    """Yield the objects of classes of a user that modules have as attributes, each once: name, object and module."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if hasattr(value, "__dict__") and _own_classes(value) and not isinstance(value, (type, nn.Module, Tensor)):
                 if id(value) not in seen:
-                    yield f"{path}.{name}".lstrip("."), value
+                    yield f"{path}.{name}".lstrip("."), value, module
                 seen.add(id(value))
 
 
@@ -84,8 +84,8 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
         for values in (vars(module), *registries):
             read: Callable[[], dict[str, Any]] = partial(dict, values)  # a registry may be a mapping of another class
             yield _Holder(f"{name}." if name else "self.", read, values.__setitem__, values.__delitem__, own)
-    for path, held in _held_objects(model):
-        own, values = _own_classes(held), vars(held)
+    for path, held, module in _held_objects(model):
+        own, values = (*_own_classes(held), *_own_classes(module)), vars(held)
         kinds |= dict.fromkeys(own)
         yield _Holder(f"{path}.", partial(dict, values), values.__setitem__, values.__delitem__, own)
     for kind in kinds:

@@ -37,7 +37,7 @@ from .quirks.python_random import without_python_random
 from .shared_copy import shared_copy
 from .signature import CallSignature
 from .symbolic_tracing.branches import Values, refuse_in_graph, refused_calls
-from .symbolic_tracing.constant_answers import trace_without_constants
+from .symbolic_tracing.constant_answers import require_same_constants, trace_without_constants
 from .symbolic_tracing.foreign_graph import normalize
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -195,6 +195,7 @@ def _traced(origin: PlainModule, copied: nn.Module) -> Capture:
     def capture_mode(in_training: fx.GraphModule | None) -> fx.GraphModule:
         with without_python_random(copied):
             graph = trace_without_constants(copied)
+        require_same_constants(copied, graph)
         refused.update(refused_calls(copied, graph))
         return graph
 

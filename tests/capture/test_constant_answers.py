@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import warnings
@@ -324,6 +325,47 @@ class Draws(Layers):
 def test_what_python_draws_is_refused() -> None:
     with pytest.raises(llfx.CaptureError, match="draws numbers of random"):
         llfx.capture(made(Draws))
+
+
+class Iterates(Layers):
+    """Has another number in each call, of an iterator; `itertools.count` cannot be copied with the model."""
+
+    numbers = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.a(x) * next(self.numbers)
+        return result
+
+
+class DrawsOfItsOwn(Layers):
+    """Draws from a generator of its own, where torch's are watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.a(x) * self.generator.random()
+        return result
+
+
+class Loops(Layers):
+    """Runs a layer once more in each call."""
+
+    times = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(next(self.times)):
+            x = self.a(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Iterates, DrawsOfItsOwn, Loops])
+def test_a_number_that_is_another_one_in_each_trace_is_refused(kind: Any) -> None:
+    with pytest.raises(llfx.CaptureError, match=r"(with other numbers each time it is traced|draws numbers of random)"):
+        llfx.capture(made(kind))
+    with pytest.raises(llfx.CaptureError, match=r"differs from the model|draws numbers of random"):
+        llfx.capture(made(kind), (X,))
 
 
 class Assigns(Layers):

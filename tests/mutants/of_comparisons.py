@@ -169,4 +169,11 @@ MUTANTS = (
         "numbers that an object in a model draws in the first call and keeps are drawn anew in each call of the graph",
         f"{_FIRST}what_the_first_call_makes_is_refused_and_captured_after_it",
     ),
+    Mutant(
+        f"{_CAPTURE}capture_model.py",
+        "        require_same_constants(copied, graph)\n",
+        "",
+        "a graph keeps for good what a clock, an iterator or a generator in Python gave while it was traced",
+        "tests/capture/test_constant_answers.py::test_a_number_that_is_another_one_in_each_trace_is_refused",
+    ),
 )

@@ -113,7 +113,7 @@ def same_graphs(traced: fx.GraphModule, expected: fx.GraphModule, values: Mappin
     for node, twin in zip(traced.graph.nodes, expected.graph.nodes, strict=True):
         if (node.op, node.target) != (twin.op, twin.target):
             return False
-        if node.op == "get_attr" and not _same_tensor(traced, expected, node.target):
+        if node.op == "get_attr" and not same_tensor(traced, expected, node.target, twin.target):
             return False
         if node.op != "placeholder":
             arguments = fx.node.map_arg((node.args, node.kwargs), twins.__getitem__)
@@ -123,8 +123,9 @@ def same_graphs(traced: fx.GraphModule, expected: fx.GraphModule, values: Mappin
     return True
 
 
-def _same_tensor(traced: fx.GraphModule, expected: fx.GraphModule, name: str) -> bool:
-    one, other = operator.attrgetter(name)(traced), operator.attrgetter(name)(expected)
+def same_tensor(traced: fx.GraphModule, expected: fx.GraphModule, name: str, in_expected: str) -> bool:
+    """Tell whether two graphs have the same tensor, or equal ones, under these names."""
+    one, other = operator.attrgetter(name)(traced), operator.attrgetter(in_expected)(expected)
     return one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other))
 
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...compat.torch import SET_GRAD_ENABLED
+from ...compat.torch import SET_GRAD_ENABLED, pytree
 from ...compat.torch_modules import buffers_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ..process_state.python_state import PythonState, new_parameter, state_put_back, warn_of_count
 from ..process_state.questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
-from .branches import same_graphs
+from .branches import same_graphs, same_tensor
 from .tracer import recorded, symbolic_trace
+
+_NUMBERS = (int, float, complex)
 
 
 def trace_without_constants(model: nn.Module) -> fx.GraphModule:
@@ -95,6 +97,31 @@ def _require_no_state(model: nn.Module, gm: fx.GraphModule, state: PythonState) 
         raise _refusal(model, f"{what} its capture for good", "pass it in and out of forward")
     if counts := [change for change in after.changes() if change.is_count]:
         warn_of_count(model, counts[0])
+
+
+def require_same_constants(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Raise `CaptureError` if a second trace of `model` has other constants than `gm`: of a clock, of an iterator."""
+    with state_put_back(model):
+        other = _has_other_constants(gm, symbolic_trace(model))
+    if other:
+        what = "computes with other numbers each time it is traced, as of a clock or a generator in Python, and a graph"
+        raise _refusal(model, f"{what} would keep those of its capture for good", "pass them to forward")
+
+
+def _has_other_constants(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Tell whether two traces of a model differ in numbers or tensors, or in how many operations there are."""
+    if len(one.graph.nodes) != len(other.graph.nodes):
+        return True
+    for node, twin in zip(one.graph.nodes, other.graph.nodes, strict=True):
+        if node.op != twin.op or (node.op == "get_attr" and not same_tensor(one, other, node.target, twin.target)):
+            return True
+        constants, now = (
+            [leaf for leaf in pytree.tree_leaves((each.args, each.kwargs)) if isinstance(leaf, _NUMBERS)]
+            for each in (node, twin)
+        )
+        if repr(constants) != repr(now):  # as text, because NaN is not equal to itself
+            return True
+    return False
 
 
 def _is_registered(model: nn.Module, name: str) -> bool:

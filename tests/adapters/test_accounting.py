@@ -79,6 +79,7 @@ def test_decomposed_graphs_keep_all_adapters(cls: type[llfx.Variant], tmp_path: 
     close(output(loaded.eval(), OTHER).detach(), expected, 1e-12, "loaded")
 
 
+@pytest.mark.broad
 def test_a_further_adapter_goes_around_those_of_a_decomposed_graph() -> None:
     gm = llfx.rewrite(captured(transposing, inputs=EXAMPLE)[1], small(llfx.IA3, target_names=(".",)))
     core = decomposed(gm)

@@ -304,6 +304,7 @@ def refusal_of_backend(cls: type[llfx.Variant]) -> str:
     return re.sub(r"Line \d+ of", "Line N of", str(caught.value))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, [WritesX, Twice, WrongShape]))
 def test_backend_and_adapt_refuse_the_same(cls: type[Mine]) -> None:
     assert refusal_of_backend(cls) == f"{cls.__name__}.forward at 'fc' (d_in=4, d_out=8) {MISTAKES[cls]}"

@@ -107,6 +107,7 @@ def test_a_switched_graph_equals_the_switched_wrapper(
     assert_equal(gm, wrapped, ids(3, 4, seed=1))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("base", broad_after(1, [None, []]))
 def test_none_is_the_frozen_model_and_no_names_are_all_adapters(base: Any) -> None:
     gm, wrapped, model = pair(SPEC, ResidualMLP, example=(ids(2, 5),))
@@ -241,6 +242,7 @@ def test_a_copy_has_the_switches_of_then_and_follows_its_own() -> None:
     assert llfx.verify(gm, net(GatedMLP).double(), (ids(2, 5),)).ok
 
 
+@pytest.mark.broad
 def test_a_coefficient_gets_a_gradient() -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     found = []

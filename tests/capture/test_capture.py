@@ -292,6 +292,7 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
 # torch.compile.
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, slow_after(4, VARIANTS)), ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
     _, graph = captured("llama")
@@ -324,6 +325,7 @@ def test_a_graph_that_counts_elements_is_compiled() -> None:
         close(compiled(torch.ones(rows, 4)), gm(torch.ones(rows, 4)), 1e-6, f"{rows} rows")
 
 
+@pytest.mark.broad
 def test_the_compiled_graph_follows_the_mode() -> None:
     gm = llfx.rewrite(llfx.capture(net(ResidualMLP), (ids(2, 5),)), llfx.LoRA(r=2, dropout=0.5, target_names="."))
     randomise(gm, 0)

@@ -212,6 +212,7 @@ def test_periods_are_stamped(in_full: Callable[..., fx.GraphModule], log: Callab
     require_same(graph, in_full(model, (torch.randn(3, 4),)))
 
 
+@pytest.mark.broad
 def test_the_model_is_as_before_when_its_capture_fails() -> None:
     class Fails(Layer):
         def forward(self, x: Tensor, first: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def require_equal(gm: nn.Module, wrapped: nn.Module, *inputs: Tensor) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 def test_the_projections_beside_a_recurrent_layer_are_adapted(exported: bool) -> None:
     model, cfg = Recurrent(), llfx.LoRA(r=2, target_names="proj")

@@ -87,6 +87,7 @@ def test_a_language_model_takes_its_optional_arguments_or_not(
         gm.eval()
 
 
+@pytest.mark.broad
 def test_positional_arguments_have_the_order_of_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     check(gm, wrapped, ids(2, 5))

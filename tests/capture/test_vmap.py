@@ -63,6 +63,7 @@ def test_a_release_that_calls_the_indexing_function_otherwise_is_refused(monkeyp
         llfx.capture(Indexed(), (torch.randn(3, 7, 8), torch.rand(3, 7) > 0.3))
 
 
+@pytest.mark.broad
 def test_what_is_indexed_inside_vmap_compiles() -> None:
     model = Indexed().double()
     first, other = (

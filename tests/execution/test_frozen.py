@@ -245,6 +245,7 @@ def test_generate_opens_the_scope_itself(cls: Any, work: str) -> None:
     assert counted(generate)[work] == once
 
 
+@pytest.mark.broad
 def test_generate_sees_what_changed_since_the_last_one() -> None:
     model = chat(llfx.DoRA(r=2))
     prompt = ids(2, 5)

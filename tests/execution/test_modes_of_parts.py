@@ -187,6 +187,7 @@ def test_a_checkpointed_layer_runs_again_in_the_modes_of_its_call() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.broad
 def test_a_layer_that_is_called_alone_reads_its_own_modes() -> None:
     gm, wrapped = adapted(norm=nn.LayerNorm)
     gm(X)
@@ -273,6 +274,7 @@ class KeepsFrozen(Net):
         return self
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_parts_that_the_models_own_train_keeps_frozen_stay_so(capture: str) -> None:
     model = KeepsFrozen()

@@ -211,6 +211,7 @@ def test_deep_copies_and_other_executions_keep_the_setting() -> None:
 # The bytes.
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("memory", broad_after(1, ["balanced", 0.9, 0.5, 0.25]))
 def test_the_plan_says_the_bytes_that_are_kept(memory: Any) -> None:
     inputs = tokens(4, 40)

@@ -109,6 +109,7 @@ def test_the_data_are_the_rows_and_go_through_json(adapted: SiteTable) -> None:
         assert (site["reasons"], site["parameters"]) == (own.reasons, own.parameters)
 
 
+@pytest.mark.broad
 def test_sites_that_read_the_same_value_say_so_with_adapters_too(adapted: SiteTable) -> None:
     reads = {site.name.removeprefix("model.layers.0."): site.reads for site in adapted}
     assert reads["self_attn.q_proj"] == reads["self_attn.k_proj"] == reads["self_attn.v_proj"]

@@ -52,6 +52,7 @@ def test_siblings_are_one_operation_and_nothing_else_is_left_of_the_bank() -> No
         close(one, other, 1e-10, "with and without the pass")
 
 
+@pytest.mark.broad
 def test_a_bank_of_a_bfloat16_model_has_factors_in_float32() -> None:
     gm = llfx.rewrite(llama(torch.bfloat16)[1], llfx.Bank(llfx.LoRA(r=2, alpha=3.0, **EVERYWHERE), slots=3)).train()
     fill(gm)
@@ -74,6 +75,7 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(products, given)
 
 
+@pytest.mark.broad
 def test_what_is_saved_does_not_grow_with_the_slots() -> None:
     def saved(slots: int) -> int:
         gm = llfx.rewrite(llama()[1], llfx.Bank(llfx.LoRA(r=2, **EVERYWHERE), slots=slots)).train()

@@ -217,6 +217,7 @@ def test_each_phase_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert re.fullmatch(r"captured Net: \d+ nodes", lines[0])
 
 
+@pytest.mark.broad
 def test_a_file_is_loaded_in_the_same_phases(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     llfx.save(rewritten("plain"), tmp_path / "adapter.safetensors")
     with caplog.at_level(logging.INFO, "lora_lite_fx"):
@@ -495,6 +496,7 @@ def test_repr_shows_several_adapters_and_none() -> None:
     assert describe_adapters(llfx.remove(gm)) == []
 
 
+@pytest.mark.broad
 def test_repr_of_a_module_that_is_being_made_raises_nothing() -> None:
     gm = object.__new__(AdaptedGraphModule)
     nn.Module.__init__(gm)

@@ -127,6 +127,7 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     return {key: result.detach() for key, result in results.items()}, gradients
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", NAMES)
 def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
     architecture = ARCHITECTURES[name]

@@ -305,6 +305,7 @@ ATTENTIONS: dict[str, tuple[type[nn.Module], dict[str, set[str]]]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 @pytest.mark.parametrize("name", broad_after(1, ATTENTIONS))
 def test_projections_with_computed_biases_are_sites_with_roles(name: str, exported: bool) -> None:

@@ -411,6 +411,7 @@ class OneModuleSeveralWeights(nn.Module):
         return nn.functional.linear(torch.tanh(nn.functional.linear(x, self.first)), self.second)
 
 
+@pytest.mark.broad
 def test_one_module_with_several_weights_has_a_site_for_each() -> None:
     model = nn.Sequential(OneModuleSeveralWeights()).double()
     x = _noise(4, WIDTH)

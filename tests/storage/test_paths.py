@@ -20,6 +20,7 @@ from tests.support.quantized import dequantized, quantized, storages
 from tests.support.selection import slow_unless
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", storages("nf4 twice"))
 def test_an_exported_program_comes_back_from_its_file(storage: str) -> None:
     gm = adapted("exported", base(storage)).eval()

@@ -79,6 +79,7 @@ def test_files_exports_copies_and_removal(cls: type[llfx.Variant], base: tuple[N
     assert torch.equal(gm(*OTHER), y)
 
 
+@pytest.mark.broad
 @every
 def test_torch_compile_and_frozen(cls: type[llfx.Variant], base: tuple[Net, Any]) -> None:
     gm, wrapped = _adapted(base, cls)

@@ -118,6 +118,7 @@ def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, exporte
         close(merged.get_parameter(f"{site}.bias"), model.get_parameter(f"{site}.bias").detach())
 
 
+@pytest.mark.broad
 @every_sharing
 def test_sites_of_any_size_read_the_first_rows_and_columns_of_the_projections(name: str) -> None:
     model = ready(Small())
@@ -180,6 +181,7 @@ def test_tensors_are_float32_on_a_bfloat16_base_and_autocast_changes_no_more_tha
 # What is drawn.
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, SHARED))
 def test_projections_follow_from_the_seed_alone(name: str) -> None:
     models = {dtype: ready(Net(), dtype) for dtype in (F64, torch.float32, BF16)}
@@ -297,6 +299,7 @@ class Plain(nn.Module):
         return y
 
 
+@pytest.mark.broad
 def test_fourierft_takes_the_frequencies_of_peft_and_all_where_there_are_fewer() -> None:
     model = Plain()
     gm = llfx.rewrite(model, llfx.FourierFT(n_frequency=500, target_names=("fc",)))
@@ -383,6 +386,7 @@ def test_wrapped_modules_see_the_same_object(name: str) -> None:
         assert [path for path in wrapped.state_dict() if shared in path] == [shared]
 
 
+@pytest.mark.broad
 @every_sharing
 def test_shared_tensors_are_saved_once_and_come_back(name: str, tmp_path: Path) -> None:
     model, file, x = ready(Small()), tmp_path / "adapter.safetensors", sample(4, 3)

@@ -235,6 +235,7 @@ def rotation(gm: Any) -> Tensor:
     return r
 
 
+@pytest.mark.broad
 def test_oft_is_orthogonal_with_cayley_and_with_the_series_only_near_the_start() -> None:
     one = torch.eye(D_IN, dtype=F64)
     for neumann, scale, error in ((False, 1.0, 1e-10), (True, 1.0, None), (True, 1e-2, 1e-3)):
@@ -276,6 +277,7 @@ def test_orthogonal_hra_gets_a_gradient_for_every_element_from_the_start() -> No
     assert (grad != 0).all()
 
 
+@pytest.mark.broad
 def test_boft_connects_twice_as_many_inputs_with_each_factor_and_is_orthogonal() -> None:
     one = torch.eye(D_IN, dtype=F64)
     for factors, connected in ((1, 4), (2, 8), (3, 16)):
@@ -309,6 +311,7 @@ def test_c3a_takes_blocks_of_odd_size(size: int) -> None:
     close(gm(x), model(x) + x @ circulant.t() / 30)
 
 
+@pytest.mark.broad
 def test_c3a_starts_near_the_identity_unless_at_zero_where_no_gradient_is_lost() -> None:
     model, x = single(), sample(5, D_IN)
     starts: Any = (("xavier_uniform", 1e-3, 0.1), ("kaiming_uniform", 1e-3, 0.1), ("gaussian", 1e-2, 1.0))

@@ -111,6 +111,7 @@ def test_the_task_is_that_of_the_class(build: Any, task: str | None) -> None:
     assert fields["auto_mapping"] == (None if task or type(model) is nn.Linear else by_class)
 
 
+@pytest.mark.broad
 def test_auto_peft_model_finds_a_classifier_by_its_class(tmp_path: Path) -> None:
     LlamaForSequenceClassification(CONFIG).save_pretrained(tmp_path / "base")
     model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base").eval()
@@ -244,6 +245,7 @@ def test_pissa_and_olora_are_written_for_whatever_reads_a_lora(cls: Any, r: int,
 # HiRA's ranks: PEFT 0.21 gives all sites the rank r, whatever rank_pattern says.
 
 
+@pytest.mark.broad
 def test_hira_of_several_ranks_is_written_so_that_peft_computes_it(tmp_path: Path) -> None:
     model, graph = captured("llama")
     inputs = CASES["llama"].inputs((3, 6))

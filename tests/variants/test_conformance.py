@@ -50,12 +50,17 @@ def check_on(
     check(cfg, case.build(), case.example_inputs, inputs, **fixed)
 
 
+def check_random(cls: type[llfx.Variant], data: st.DataObject, skip: Collection[str] = ELSEWHERE) -> None:
+    """Check a random config of a variant on a random model."""
+    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
+    check_on(data.draw(cases), cfg, data.draw(shapes), skip)
+
+
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 @settings(max_examples=1)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
-    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
-    check_on(data.draw(cases), cfg, data.draw(shapes), {*ELSEWHERE, "bfloat16"})
+    check_random(cls, data, {*ELSEWHERE, "bfloat16"})
 
 
 @pytest.mark.broad
@@ -63,9 +68,7 @@ def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: 
 @settings(max_examples=1)
 @given(data=st.data())
 def test_every_variant_conforms_in_bfloat16(cls: type[llfx.Variant], data: st.DataObject) -> None:
-    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
-    others = {has.__name__ for has in PROPERTIES} - {"bfloat16"}
-    check_on(data.draw(cases), cfg, data.draw(shapes), others)
+    check_random(cls, data, {has.__name__ for has in PROPERTIES} - {"bfloat16"})
 
 
 @pytest.mark.slow
@@ -73,8 +76,7 @@ def test_every_variant_conforms_in_bfloat16(cls: type[llfx.Variant], data: st.Da
 @settings(max_examples=4)
 @given(data=st.data())
 def test_every_variant_conforms_on_more_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
-    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
-    check_on(data.draw(cases), cfg, data.draw(shapes))
+    check_random(cls, data)
 
 
 @pytest.mark.broad

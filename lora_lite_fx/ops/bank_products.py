@@ -48,14 +48,10 @@ class BankProducts:
         products: the products of factors of rows.
     """
 
+    __name__ = "bank_products"  # as torch.fx names its calls
     is_repeatable: ClassVar[bool] = True
 
     products: LowRankProducts
-
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "bank_products"
 
     def __call__(self, x: Tensor, a: Tensor, ids: Tensor, *fields: Any) -> tuple[Tensor, ...]:
         """Return `t`, whose rows may be in another order, and the result of each branch.

@@ -94,6 +94,8 @@ class ChunkedLoss:
         is_mean: whether the loss is the mean over the rows that count, and not the sum.
     """
 
+    __name__ = "chunked_loss"  # as torch.fx names its calls
+
     steps: tuple[Step, ...]
     rows: int
     classes: int
@@ -104,11 +106,6 @@ class ChunkedLoss:
     def __post_init__(self) -> None:
         fields = ([tuple(step) for step in self.steps], self.rows, self.classes, self.ignore_index, self.is_mean)
         object.__setattr__(self, "text", repr(fields))  # an operator of torch can take a text, and no object
-
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "chunked_loss"
 
     def __call__(self, labels: Tensor, *operands: Tensor) -> Tensor:
         """Return the loss.

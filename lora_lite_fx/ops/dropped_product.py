@@ -31,12 +31,9 @@ class DroppedProduct(Recomputing):
         recipe, sources: see `Recomputing`.
     """
 
-    probability: float
+    __name__ = "dropped_product"  # as torch.fx names its calls
 
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "dropped_product"
+    probability: float
 
     def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> Tensor:
         """Return `t (..., r)`.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,6 +47,7 @@ class LowRankProducts(Recomputing):
         recipe, sources: see `Recomputing`.
     """
 
+    __name__ = "low_rank_products"  # as torch.fx names its calls
     is_repeatable: ClassVar[bool] = True
     results_are_apart: ClassVar[bool] = True
     """Each result can be computed without the others, by `without_unread`."""
@@ -55,11 +57,6 @@ class LowRankProducts(Recomputing):
 
     def __post_init__(self) -> None:
         let_flops_be_counted()
-
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "low_rank_products"
 
     def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Return `t` and the result of each branch.
@@ -220,15 +217,9 @@ def let_flops_be_counted() -> None:
     """
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.aten.addmm_)(_flops_of_addition)
-    register_flop_formula(torch.ops.aten.baddbmm_)(_flops_of_additions)
+    register_flop_formula([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_])(_flops_of_addition)
 
 
 def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of an in-place product for torch's counter, which knows only the other form."""
-    return int(2 * left[0] * left[1] * right[1])
-
-
-def _flops_of_additions(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of in-place products of the rows of a batch."""
-    return int(2 * left[0] * left[1] * left[2] * right[2])
+    """Return the FLOPs of an in-place product, or of one for each row of a batch, by the shapes of the factors."""
+    return int(2 * math.prod(left) * right[-1])

@@ -25,14 +25,10 @@ class RecomputedProduct:
         recipe: `None, *sources -> (W,)`.
     """
 
+    __name__ = "recomputed_product"  # as torch.fx names its calls
     is_repeatable: ClassVar[bool] = True
 
     recipe: Callable[..., tuple[Tensor]]
-
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "recomputed_product"
 
     def __call__(self, x: Tensor, bias: Tensor | None, *sources: Any) -> Tensor:
         """Return `(..., d_out)`.

@@ -30,12 +30,8 @@ class RotatedBlocks(Recomputing):
         recipe, sources: see `Recomputing`.
     """
 
+    __name__ = "rotated_blocks"  # as torch.fx names its calls
     is_repeatable: ClassVar[bool] = True
-
-    @property
-    def __name__(self) -> str:
-        """Return the name that torch.fx gives to calls."""
-        return "rotated_blocks"
 
     def __call__(self, x: Tensor, blocks: Tensor, *sources: Any) -> Tensor:
         """Return `(..., n b)`.

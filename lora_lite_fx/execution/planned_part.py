@@ -14,7 +14,7 @@ from ..compat.torch import version_of
 from ..graph.direct_calls import is_ordinary
 from ..graph.subgraph import extract, function_of
 from ..log import logger
-from ..ops.autocast import autocast_of
+from ..ops.saved_values import autocast_of
 from .measured_layer import Recorder, address, obstacle, plan_of
 from .memory_plan import Memory, MemoryPlan, choose
 from .tensor_reader import Reader, Values

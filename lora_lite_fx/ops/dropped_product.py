@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from ..compat.torch import constant_when_compiled
 from ..graph.direct_calls import is_plain_call
-from .autocast import autocast_of
-from .saved_values import Recomputing, apart, together
+from .saved_values import Recomputing, apart, autocast_of, together
 
 
 @dataclass(frozen=True)

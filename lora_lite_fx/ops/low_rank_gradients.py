@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..compat.torch import is_wrapped
-from .autocast import autocast_of
 from .low_rank_branch import Branch, add_product, as_matrix, as_rows, flatten
-from .saved_values import apart, together
+from .saved_values import apart, autocast_of, together
 
 _SMALLEST_SCALE = 1e-30
 """Replaces a scale of zero where the result is divided by the scale again."""

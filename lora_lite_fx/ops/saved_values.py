@@ -1,4 +1,4 @@
-"""Keep the operands of an operation for its backward pass, or what the first of them is computed again from."""
+"""Keep for a backward pass the operands of an operation, or what the first is computed again from, and autocast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -54,3 +55,12 @@ def apart(
 def together(saved: Iterable[Tensor | None], others: Sequence[Any]) -> list[Any]:
     """Return the values of which `apart` made these, in their order."""
     return [tensor if other is None else other for tensor, other in zip(saved, others, strict=True)]
+
+
+def autocast_of(device: str) -> dict[str, Any]:
+    """Return the arguments of `torch.autocast` that give the state of now, for a type of device such as `"cpu"`."""
+    return {
+        "device_type": device,
+        "enabled": torch.is_autocast_enabled(device),
+        "dtype": torch.get_autocast_dtype(device),
+    }

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..compat.torch import OpOverload, pytree, schema_of
-from .augmented import AUGMENTED
 from .tensors import attribute_of, tensor_of
+
+
+def _augmented(name: str) -> Callable[[Any, Any], Any]:
+    operation = getattr(operator, name)
+
+    def augmented(target: Any, value: Any) -> Any:
+        return operation(target, value)
+
+    augmented.__name__ = augmented.__qualname__ = name
+    return augmented
+
+
+AUGMENTED = {
+    name: _augmented(name)
+    for name in (
+        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("ilshift", "irshift", "iand", "ixor", "ior"),
+    )
+}
+"""Augmented assignments as functions of a graph, by the names that they have in `operator` too.
+
+`x += y` writes to a tensor, and only renames a number. `torch.fx` prints `operator.iadd` as the statement itself, which
+would also change a number that is read again later.
+"""
 
 
 def own_written_buffers(gm: fx.GraphModule) -> None:

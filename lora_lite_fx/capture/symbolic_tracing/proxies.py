@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...graph.augmented import AUGMENTED
+from ...graph.writes import AUGMENTED
 
 _GETATTR = getattr  # itself: while a model is traced, the name means what `asked_types` puts there
 _NUMBERS = frozenset({"dim", "numel", "nelement", "ndimension", "ndim"})

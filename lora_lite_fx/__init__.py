@@ -45,9 +45,8 @@ if not _is_program():  # else the program imports this again, when it has read i
     )
     from .execution.compile_layers import compile_layers
     from .execution.frozen import frozen
-    from .execution.memory_plan import MemoryPlan
+    from .execution.memory_plan import MemoryPlan, memory_plan, plan_memory
     from .execution.optimize import optimize
-    from .execution.plan_memory import memory_plan, plan_memory
     from .formats.any_file import load_slot, save_slot
     from .formats.checkpoint import load, save
     from .formats.diffusers_files import load_diffusers, save_diffusers

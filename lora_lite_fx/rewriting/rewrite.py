@@ -41,8 +41,7 @@ from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture_model import Inputs
 from ..errors import AdapterError
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.memory_plan import Memory, check_memory
-from ..execution.plan_memory import plan_memory
+from ..execution.memory_plan import Memory, check_memory, plan_memory
 from ..graph.calls_and_traces import collection_put_off
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress

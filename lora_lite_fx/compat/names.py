@@ -23,52 +23,50 @@ class PrivateName:
         path: where it is, such as `torch.fx.Graph()._codegen`; `()` makes an instance, whose attribute follows.
         public: the public thing that it stands in for, and why that does not do.
         without: what happens in a release that lacks it.
-        seen: the releases in which it was seen.
     """
 
     path: str
     public: str
     without: str
-    seen: str
 
 
 NAMES: dict[str, PrivateName] = {}
 """The private names by their paths, in the order of look-up."""
 
 
-def needed(path: str, public: str, seen: str = "") -> Any:
+def needed(path: str, public: str) -> Any:
     """Return the value of a private name that nothing works without.
 
     Raises:
         ImportError: the installed release lacks it.
     """
-    _note(path, public, "an ImportError that names the release", seen)
+    NAMES[path] = PrivateName(path, public, "an ImportError that names the release")
     try:
         return find(path)
     except (AttributeError, ImportError) as error:
         raise ImportError(missing(path)) from error
 
 
-def preferred(path: str, public: str, otherwise: Any, seen: str = "") -> Any:
+def preferred(path: str, public: str, otherwise: Any) -> Any:
     """Return the value of a private name, or `otherwise` where the installed release lacks it.
 
     Args:
         otherwise: does the same by public means, perhaps slower; or answers for a release that has no such thing.
     """
-    _note(path, public, "the public way", seen)
+    NAMES[path] = PrivateName(path, public, "the public way")
     try:
         return find(path)
     except (AttributeError, ImportError):
         return otherwise
 
 
-def offered(path: str, public: str, feature: str, seen: str = "") -> Any:
+def offered(path: str, public: str, feature: str) -> Any:
     """Return the value of a private name; where the installed release lacks it, return a function that refuses.
 
     Args:
         feature: what needs the name, as the beginning of a sentence: "torch.compile with a mode".
     """
-    _note(path, public, f"a refusal: {feature}", seen)
+    NAMES[path] = PrivateName(path, public, f"a refusal: {feature}")
     try:
         return find(path)
     except (AttributeError, ImportError):
@@ -101,10 +99,6 @@ def find(path: str) -> Any:
         if part.endswith("()"):
             value = value()
     return value
-
-
-def _note(path: str, public: str, without: str, seen: str) -> None:
-    NAMES[path] = PrivateName(path, public, without, seen or tried_range(path.partition(".")[0]))
 
 
 def missing(path: str) -> str:

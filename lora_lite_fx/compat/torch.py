@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -200,17 +200,10 @@ exporting: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.compiler.is_exporting, by which models ask: nothing public lets it answer yes outside of torch.export",
 )
 
-_revert_patches = needed(
+outside_symbolic_trace: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.fx._symbolic_trace._maybe_revert_all_patches", "nothing: a symbolic trace cannot be left for a while"
 )
-
-
-@contextmanager
-def outside_symbolic_trace() -> Iterator[None]:
-    """Leave a symbolic trace for the body: in a trace, each read of a module's parameter is recorded."""
-    with _revert_patches():
-        yield
-
+"""Leave a symbolic trace for the body: in a trace, each read of a module's parameter is recorded."""
 
 # The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
 # operator. It traces them again when it captures a graph whose regions are opened.

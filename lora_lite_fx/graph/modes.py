@@ -160,11 +160,6 @@ def one_mode(paths: Sequence[str], others: Sequence[str], *flags: bool) -> bool:
     return mode
 
 
-Modes = tuple[bool, bool]
-"""The modes that a program is made for: whether the model itself is in training mode, and whether those parts are that
-run other operations in each mode, as `by_mode` asks."""
-
-
 def parts_with_modes(graph: fx.Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the parts on whose mode it depends what `graph` chooses by `by_mode`, as `one_mode` takes them."""
     choice: Any = next((node for node in graph.nodes if node.target is by_mode), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...capture.quiet_torch import failures_unlogged
+from ...compat.torch import pytree
 from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
 from ...graph.regions import regions_of
@@ -101,9 +102,10 @@ def _overwritten(gm: fx.GraphModule, evaluation: fx.Graph) -> set[fx.Node]:
 
 def _same(node: fx.Node, same: fx.Node | None, overwritten: Container[fx.Node]) -> fx.Node | None:
     """Return `same`, a node of training that seems to compute what `node` does, if it reads the same tensors."""
-    if same is None or not _reads_same(node, same) or (node.op != "get_attr" and node in overwritten):
+    if same is None:
         return None
-    return same
+    reads_same = _equal(_read(node), _read(same)) if node.op == "get_attr" else node not in overwritten
+    return same if reads_same else None
 
 
 def _copied(gm: fx.GraphModule, node: fx.Node, twin: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -144,13 +146,8 @@ def _key(node: fx.Node, twin: dict[fx.Node, fx.Node], operands: bool = True) -> 
     return f"{node.op} {node.target} {names}"
 
 
-def _reads_same(node: fx.Node, other: fx.Node) -> bool:
-    """Check whether two nodes that read a tensor of their modules by the same name read the same."""
-    return node.op != "get_attr" or _read(node) is _read(other) or _equal(_read(node), _read(other))
-
-
 def _equal(left: Any, right: Any) -> bool:
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or not has_values(left):
+    if left is right or not isinstance(left, Tensor) or not isinstance(right, Tensor) or not has_values(left):
         return bool(left is right)
     if left.data_ptr() == right.data_ptr() and left.shape == right.shape:
         return True
@@ -229,7 +226,7 @@ def _revalue(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     values = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
-    modes = [value.fake_mode for value in _leaves(values) if hasattr(value, "fake_mode")]
+    modes = [value.fake_mode for value in pytree.tree_leaves(values) if hasattr(value, "fake_mode")]
     if not modes:
         return
     try:
@@ -238,12 +235,6 @@ def _revalue(node: fx.Node) -> None:
             node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
     except Exception:  # then the value of the other trace has to do: its sizes are the same in the example
         return
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (tuple, list)):
-        return [leaf for item in tree for leaf in _leaves(item)]
-    return [leaf for item in tree.values() for leaf in _leaves(item)] if isinstance(tree, dict) else [tree]
 
 
 def _choose(graph: fx.Graph, flag: fx.Node, ours: Any, theirs: Any) -> Any:

@@ -73,7 +73,7 @@ def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
         else:
             merge.only_in_training(node)
     if expected is not None:
-        raise _modes_differ(expected)
+        raise ModesDiffer(expected)
     return merge.edits
 
 
@@ -96,7 +96,7 @@ class _TwoModes:
         args, kwargs = _with_defaults(node, twin)
         twin_args, twin_kwargs = _with_defaults(twin, node)
         if kwargs.keys() != twin_kwargs.keys():
-            raise _modes_differ(node)
+            raise ModesDiffer(node)
         node.args = self._follow(node, args, twin_args)
         node.kwargs = {key: self._follow(node, value, twin_kwargs[key]) for key, value in kwargs.items()}
         self.twin[twin] = node
@@ -123,7 +123,7 @@ class _TwoModes:
         counter = node.args[0] if node.target in (aten.add_.Tensor, "add_") else None
         # A module that runs several times adds to the counter that its earlier call returned.
         if not isinstance(counter, fx.Node) or not (counter.op == "get_attr" or counter in self.counted):
-            raise _modes_differ(node)
+            raise ModesDiffer(node)
         node.update_arg(1, self._follow(node, node.args[1], 0))
         self.counted.add(node)
 
@@ -133,11 +133,11 @@ class _TwoModes:
                 return in_train
             twin = self.twin.get(in_eval)
             if twin is None or self._passed_on(twin) is not self._passed_on(in_train):
-                raise _modes_differ(node)
+                raise ModesDiffer(node)
             return twin if _is_layout(twin) else in_train
         if isinstance(in_train, (tuple, list)) and isinstance(in_eval, (tuple, list)):
             if len(in_train) != len(in_eval):
-                raise _modes_differ(node)
+                raise ModesDiffer(node)
             return type(in_train)(self._follow(node, t, e) for t, e in zip(in_train, in_eval, strict=True))
         if isinstance(in_train, dict) and isinstance(in_eval, dict) and in_train.keys() == in_eval.keys():
             return {key: self._follow(node, value, in_eval[key]) for key, value in in_train.items()}
@@ -147,7 +147,7 @@ class _TwoModes:
         if type(in_train) is type(in_eval) and in_train == in_eval:
             return in_train
         if not all(isinstance(value, (bool, int, float)) for value in (in_train, in_eval)):
-            raise _modes_differ(node)
+            raise ModesDiffer(node)
         self.edits += 1
         flag = self._flag(node)
         if in_train is True and in_eval is False:
@@ -210,16 +210,11 @@ def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[
 class ModesDiffer(Exception):
     """A graph runs other operations in training than in evaluation, from `node` on."""
 
-    def __init__(self, message: str, node: fx.Node) -> None:
-        super().__init__(message)
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(
+            f"The model runs other operations in training than in evaluation, from `{node.format_node()}`"
+            f"{line_of(node)} on. One graph cannot follow both. The way out: switch off what draws random decisions in"
+            " training (layerdrop, jitter, SpecAugment) or what branches on self.training, or"
+            f" {COMPILE_INSTEAD}."
+        )
         self.node = node
-
-
-def _modes_differ(node: fx.Node) -> ModesDiffer:
-    where = line_of(node)
-    message = (
-        f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
-        " One graph cannot follow both. The way out: switch off what draws random decisions in training"
-        f" (layerdrop, jitter, SpecAugment) or what branches on self.training, or {COMPILE_INSTEAD}."
-    )
-    return ModesDiffer(message, node)

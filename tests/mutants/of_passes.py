@@ -461,7 +461,7 @@ MUTANTS = (
     ),
     _normalize(
         "follow_mode",
-        "            if len(in_train) != len(in_eval):\n                raise _modes_differ(node)\n",
+        "            if len(in_train) != len(in_eval):\n                raise ModesDiffer(node)\n",
         "            in_eval = [*in_eval, *in_train][: len(in_train)]\n",
         "a list of operands of evaluation is cut to that of training",
     ),

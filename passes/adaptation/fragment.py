@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from ...adapters.contract import operands_of
 from ...adapters.dependencies import Dependencies, Remembered
@@ -19,12 +21,12 @@ from ...adapters.forward_run import Operands, run_forward
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
 from ...adapters.registry import to_config
-from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, trace
+from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, run_on_fixed_sizes, trace
 from ...errors import ConfigError
+from ...graph.tensors import HALF
 from ...sites.matching import Call
 from ...sites.site import Site, stored_bias, stored_weight
 from ..normalize.follow_mode import ModesDiffer, follow_mode
-from .output_type import keep_type_under_autocast
 from .plain_products import normalize_products
 
 
@@ -162,7 +164,7 @@ def trace_fragment(
     (base,) = inputs.factor.users
     normalize_products(graph, inputs.x, base, {*inputs.frozen(), *inputs.tensors.values()})
     graph.eliminate_dead_code()
-    keep_type_under_autocast(graph, base, stand_ins.in_order())
+    _keep_type_under_autocast(graph, base, stand_ins.in_order())
     (base_input,) = [n for n in base.all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     result, *tensors = cast(list[fx.Node], graph.output_node().args[0])
     replaced = dict(zip(traced.replaced, tensors, strict=True))
@@ -213,3 +215,33 @@ def _trace(
             ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
     return _Trace(graph, stand_ins, tuple(names), dependencies)
+
+
+def _keep_type_under_autocast(graph: fx.Graph, base: fx.Node, operands: Sequence[Tensor]) -> None:
+    """Cast the output of a traced `forward` to the type of the frozen output, if autocast makes it wider.
+
+    A trace has the casts that the types of its capture need. Autocast narrows products and leaves sums as they are: a
+    parameter that scales the output widens it again. The eager wrapper sees that when it runs, and casts.
+
+    Args:
+        graph: of the fragment.
+        base: the node that stands for the call of the frozen linear.
+        operands: fake tensors for the placeholders of the graph.
+    """
+    device, frozen_type = operands[0].device.type, base.meta["val"].dtype
+    if not torch.amp.is_autocast_available(device):
+        return
+    # A module without parameters has the one attribute that the graph may read, its mode.
+    interpreter = fx.Interpreter(nn.Module(), garbage_collect_values=False, graph=graph)
+    half = frozen_type if frozen_type in HALF else torch.bfloat16
+    # A failure has a better place to come up: the first call under autocast.
+    with suppress(Exception), torch.autocast(device, half), torch.no_grad():
+        run_on_fixed_sizes(interpreter.run, operands)
+    output = graph.output_node()
+    result = output.all_input_nodes[0]
+    types = [getattr(interpreter.env.get(node), "dtype", None) for node in (base, result)]
+    if types[0] != types[1]:
+        with graph.inserting_before(output):
+            narrow = graph.create_node("call_function", torch.ops.aten.type_as.default, (result, base), name="type_as")
+        narrow.meta = dict(result.meta)
+        output.replace_input_with(result, narrow)

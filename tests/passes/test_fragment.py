@@ -82,6 +82,20 @@ class Noisy(llfx.Variant):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gated(llfx.Variant):
+    """Scales the output by a vector, which is wider than it under autocast; and drops some of it in training."""
+
+    drops: bool = False
+
+    def params(self, site: Site) -> dict[str, llfx.ParamSpec]:
+        return {"lora_g": llfx.ParamSpec((site.d_out,), init="ones")}
+
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        y: Tensor = base(x) * p.lora_g
+        return F.dropout(y, 0.5, base.training) if self.drops else y
+
+
+@dataclass(frozen=True, kw_only=True)
 class ByHead(llfx.Variant):
     """Turns each head by a matrix, in a `form` that takes the output apart in one way or another."""
 
@@ -233,6 +247,15 @@ def test_noise_in_the_form_of_the_message_is_that_of_wrap(form: str, deep: tuple
     trained, again = (gm.train()(X) for _ in range(2))
     assert not torch.equal(trained, again), "there is noise"
     torch.testing.assert_close(llfx.merge(gm).eval()(X), gm.eval()(X).detach())
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_output_keeps_the_type_of_the_frozen_one_under_autocast(drops: bool) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    for adapted in rewrite_and_wrap(llfx.capture(model, (X,)), Gated(drops=drops, target_names="0")):
+        for training in (True, False):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert adapted.train(training)(X).dtype is torch.bfloat16
 
 
 SHAPES = ((WIDTH,), (3, WIDTH), (2, 3, WIDTH), (2, 1, 3, WIDTH))

@@ -16,12 +16,13 @@ from ..graph.annotated import traceable_forward
 from ..graph.calls_and_traces import collection_put_off
 from ..graph.copies import Draft, copy_graph
 from ..graph.modes import keep_mode
+from ..graph.tensors import attribute_of
 from ..graph.writes import overwrites, written_attributes
 from ..log import phase
 from ..passes import GraphPass, LeaveOutAdapters, LeaveOutInputs, PassReport, Pipeline, ScaleAdapters, read_ids
 from .choose_program import constant_switches
 from .cut_program import cut
-from .layer_modules import GraphLayer, RunsParts, running_parts, submodule
+from .layer_modules import GraphLayer, RunsParts, running_parts
 from .program_state import RunsPrograms
 from .run_program import NUMBER, ROWS, Program, ProgramKey, part_of
 
@@ -42,7 +43,7 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
         if key.kind == "plain":
             _ask_wrapped_tensors(graph)
         for path in key.called if gm.host is not gm else ():
-            module = submodule(gm.host, path)
+            module = attribute_of(gm.host, path)
             if not isinstance(module, RunsParts):
                 cls: Any = type(module)
                 module.__class__ = running_parts(cls)
@@ -59,7 +60,7 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
                 piece.part = program.planned_part(piece, memory)
             else:
                 piece.part = part_of(piece, key.kind, compiler)
-            layer = submodule(gm.host, piece.path)
+            layer = attribute_of(gm.host, piece.path)
             if isinstance(layer, GraphLayer) and key.kind not in ("inference", "plain"):
                 layer.own_part = piece.part if paths.count(piece.path) == 1 else None
         program.compile(graph)

@@ -122,14 +122,6 @@ class GraphLayer(RunsParts, nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "own_part"}
 
 
-def submodule(module: Any, path: str) -> Any:
-    """Return the submodule of that qualified name: as `get_submodule`, without its checks, which take their time."""
-    for name in path.split("."):
-        modules = children_of(module)
-        module = modules[name] if name in modules else getattr(module, name)
-    return module
-
-
 def make_layers(gm: fx.GraphModule) -> None:
     """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
     for node in gm.graph.nodes:

@@ -18,6 +18,7 @@ from ..capture.process_state.default_dtype import other_default_dtype
 from ..compat.torch import constant_when_compiled
 from ..errors import AdapterError, CallError
 from ..graph.modes import FLAG, flag_name, is_flag, parts_with_modes
+from ..graph.tensors import attribute_of
 from ..graph.writes import written_buffers
 from ..sites.batch.batch_dimension import inputs_with_rows
 from ..sites.finding import find_sites
@@ -26,7 +27,7 @@ from .bank_inputs import BankInputs
 from .compile_layers import LayerCompiler
 from .execution import Execution, Host
 from .hooks_and_ties import HooksAndTies
-from .layer_modules import GraphLayer, submodule
+from .layer_modules import GraphLayer
 from .layer_nodes import A_LAYER, pieces_of, require_layers
 from .memory_plan import Memory, MemoryPlan, check_memory
 from .run_program import Program, ProgramKey
@@ -167,7 +168,7 @@ class RunsPrograms(fx.GraphModule):
             return True in derived.read_modes(self.host)
         if derived.owners_of_modes is None:
             paths = (".".join(path[:-1]) for path in derived.read_modes.paths)
-            derived.owners_of_modes = [vars(submodule(self.host, path) if path else self.host) for path in paths]
+            derived.owners_of_modes = [vars(attribute_of(self.host, path) if path else self.host) for path in paths]
         return True in map(_TRAINING, derived.owners_of_modes)
 
     @constant_when_compiled

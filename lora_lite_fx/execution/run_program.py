@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from ..compat.torch import SPECS
 from ..errors import AdapterError
 from ..graph.direct_calls import call_directly
-from ..graph.tensors import has_attribute, tensor_of
+from ..graph.tensors import attribute_of, has_attribute, tensor_of
 from ..passes import Program as Kind
 from .compile_layers import LayerCompiler
 from .cut_program import Piece
 from .frozen import KeptValues
-from .layer_modules import Part, submodule
+from .layer_modules import Part
 from .memory_plan import Memory, MemoryPlan
 from .planned_part import PlannedPart
 from .tensor_reader import Reader, Values
@@ -104,7 +104,7 @@ class Program:
     def run_piece(self, number: int, *inputs: Any) -> Any:
         """Call the module that runs a piece of the program."""
         piece = self.pieces[number]
-        layer = submodule(self.host, piece.path)
+        layer = attribute_of(self.host, piece.path)
         if not getattr(layer, "runs_parts", False):
             raise AdapterError(
                 f"{piece.path!r} was replaced by a {type(layer).__name__} after the graph was captured. The graph runs"
@@ -130,7 +130,7 @@ class Program:
             ids: of banks, the slots of the rows that the values are for.
         """
         needed = [] if self.values is None else [(self.values, self.host)]
-        needed += [(piece.values, submodule(self.host, piece.path)) for piece in self.pieces]
+        needed += [(piece.values, attribute_of(self.host, piece.path)) for piece in self.pieces]
         written = {id(tensor_of(self.host, name)) for name in self.written if has_attribute(self.host, name)}
         # Not inference tensors, because a later call could not use those otherwise.
         with torch.inference_mode(False), torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,13 +45,11 @@ def attribute_of(model: nn.Module, name: str) -> Any:
 
     Modules are taken from the registries of modules, because an attribute of a module takes ten times as long.
     """
-    *path, leaf = name.split(".")
-    module = model
-    for part in path:
-        if (child := children_of(module).get(part)) is None:  # a wrapper of torch.compile has it as an attribute
-            return operator.attrgetter(name)(model)
-        module = child
-    return getattr(module, leaf)
+    value: Any = model
+    for part in name.split("."):
+        children = children_of(value)
+        value = children[part] if part in children else getattr(value, part)  # as what a wrapper of torch.compile has
+    return value
 
 
 def is_quantized(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -48,7 +49,7 @@ class Derived:
     """
 
     def __init__(self, gm: RunsPrograms, names: tuple[str, ...]) -> None:
-        graph, self.names = gm.flat_graph, names
+        graph, self.gm, self.names = gm.flat_graph, gm, names
         self.banks = BankInputs.of(gm, graph)
         self.parts = parts_with_modes(graph)  # those on whose mode it depends which operations run, see `one_mode`
         self.read_parts = reader_of_modes([flag_name(path) for part in self.parts for path in part])
@@ -57,9 +58,21 @@ class Derived:
         self.hooks_and_ties: HooksAndTies | None = None
         self.programs: dict[ProgramKey, Program] = {}
         self.exported: dict[ProgramKey, fx.Graph] = {}
-        self.sites: Mapping[str, Site] | None = None  # found when they are asked for, as the placements
-        self.placed: Sequence[Placement] | None = None
-        self.written: Sequence[str] | None = None
+
+    @cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """The sites of the graph by name."""
+        return {site.name: site for site in find_sites(self.gm)}
+
+    @cached_property
+    def placements(self) -> Sequence[Placement]:
+        """The adapters of the graph in their places."""
+        return placements(self.gm)
+
+    @cached_property
+    def written_buffers(self) -> Sequence[str]:
+        """The names of the buffers that the graph writes to."""
+        return written_buffers(self.gm)
 
     def add(self, program: Program) -> None:
         """Add a program; also as an attribute, which torch.compile finds if it is added while it traces a call."""
@@ -124,27 +137,6 @@ class RunsPrograms(fx.GraphModule):
             for module in self.modules():
                 if isinstance(module, GraphLayer):
                     module.own_part = None
-
-    def known_sites(self) -> Mapping[str, Site]:
-        """Return the sites of the graph by name, which are found once after each recompile."""
-        derived = self.derived
-        if derived.sites is None:
-            derived.sites = {site.name: site for site in find_sites(self)}
-        return derived.sites
-
-    def known_placements(self) -> Sequence[Placement]:
-        """Return the adapters of the graph in their places, which are read once after each recompile."""
-        derived = self.derived
-        if derived.placed is None:
-            derived.placed = placements(self)
-        return derived.placed
-
-    def known_written_buffers(self) -> Sequence[str]:
-        """Return the names of the buffers that the graph writes to, which are found once after each recompile."""
-        derived = self.derived
-        if derived.written is None:
-            derived.written = written_buffers(self)
-        return derived.written
 
     # Otherwise torch.compile would trace it. The hooks and ties of a compiled call are those that it was compiled with.
     @constant_when_compiled

@@ -113,7 +113,7 @@ def save_slot(
         placed, tensors = slot_alone(graph, slot, adapter)
         values = {name: tensor.detach() for name, tensor in tensors.items()}
         names = {each.site for each in placed}
-        adapted = account_for(graph, [*graph.known_sites().values()]).adapted("save_slot")
+        adapted = account_for(graph, [*graph.derived.sites.values()]).adapted("save_slot")
         prints = {site.name: fingerprint_at(graph, site) for site in adapted if site.name in names}
         data = file_of(Held(placed, values, prints, moved_buffers(graph)), file, None, allow_nonfinite)
     write_once(model, lambda: write_atomically(file, data))
@@ -152,7 +152,7 @@ def load_slot(
         CheckpointError: as `load` and `load_peft`.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter, graph.known_placements())
+    bank = bank_placements(graph, slot, adapter, graph.derived.placements)
     buffers, adapters = _adapters_in(graph, path, revision, subfolder)
     placed, tensors = placed_alone(graph, adapters)
     check_same_buffers(graph, moved_from_base(graph, buffers), f"Slot {slot}")

@@ -54,7 +54,7 @@ class FiledAdapter:
 def sites_in(gm: fx.GraphModule) -> Mapping[str, Site]:
     """Return the sites of a graph by name."""
     with phase("found the sites", "finding the sites") as details:
-        sites = gm.known_sites() if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
+        sites = gm.derived.sites if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
     return sites
 

@@ -111,7 +111,7 @@ class ModelAdapters:
         """
         adapters = set(adapter_tensor_names(gm))
         written = [
-            name for name in {**dict.fromkeys(gm.known_written_buffers()), **gm.base_buffers} if name not in self._owned
+            name for name in {**dict.fromkeys(gm.derived.written_buffers), **gm.base_buffers} if name not in self._owned
         ]
         self.base_buffers = {**{name: gm.base_buffers.get(name) for name in written}, **self.base_buffers}
         gm.base_buffers = self.base_buffers

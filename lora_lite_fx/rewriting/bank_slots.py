@@ -62,7 +62,7 @@ def slot_alone(graph: AdaptedGraphModule, slot: int, adapter: str | None) -> tup
     Raises:
         ConfigError: the graph has no such bank or slot.
     """
-    bank = bank_placements(graph, slot, adapter, graph.known_placements())
+    bank = bank_placements(graph, slot, adapter, graph.derived.placements)
     placed: list[Placement] = []
     tensors: dict[str, Tensor] = {}
     for index, config in enumerate(dict.fromkeys(each.adapter for each in bank)):
@@ -94,10 +94,10 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
         AdapterError: as `take_slot`; or as `to_lora`, for an adapter of another config.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter, graph.known_placements())
+    bank = bank_placements(graph, slot, adapter, graph.derived.placements)
     given = graph_with_adapters(source)
     check_same_buffers(graph, moved_buffers(given), f"Slot {slot}")
-    own = [] if _is_scaled(source) else given.known_placements()
+    own = [] if _is_scaled(source) else given.derived.placements
     write_slot(graph, bank, slot, own, given, lambda: change_of(source))
 
 
@@ -151,7 +151,7 @@ def reset_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> No
         AdapterError: as `take_slot`.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter, graph.known_placements())
+    bank = bank_placements(graph, slot, adapter, graph.derived.placements)
     for each in bank:
         if type(each.variant).observer is not Variant.observer:
             raise ConfigError(

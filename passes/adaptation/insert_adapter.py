@@ -179,7 +179,7 @@ def _replace_tensors(
     call: Call,
     placement: Placement,
     fragment: Fragment,
-    copier: Callable[[Mapping[fx.Node, fx.Node]], _Copier],
+    copier: Callable[[dict[fx.Node, fx.Node]], _Copier],
 ) -> set[fx.Node]:
     """Let `call` read the weight and bias that `forward` gives to `base` in place of the frozen ones.
 
@@ -250,38 +250,30 @@ def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:
     return {**stack, **of_site}
 
 
+@dataclass
 class _Copier:
     """Copies nodes of a fragment to where the graph inserts, each once, and records the adapter on them.
 
     Args:
         graph: gets the copies.
-        values: nodes of the fragment that stand for nodes of the graph.
+        copies: nodes of the fragment that stand for nodes of the graph.
         parameters: placeholders of the fragment that stand for frozen tensors or the adapter's: with the qualified
             names of these, or with the nodes of the graph that compute them from tensors of the module.
         module_stack: the modules that the copies count as part of, as fx notes them.
         insertion: the record for each copy, to which its part is added.
         frozen: the placeholders for the frozen weight and bias.
         below: the adapters that change these before the copies read them, the innermost first.
+        inserted: the copies that were made.
     """
 
-    def __init__(
-        self,
-        graph: fx.Graph,
-        values: Mapping[fx.Node, fx.Node],
-        *,
-        parameters: Mapping[fx.Node, str | fx.Node],
-        module_stack: dict[str, Any] | None,
-        insertion: Insertion,
-        frozen: tuple[fx.Node, ...] = (),
-        below: Sequence[Below] = (),
-    ) -> None:
-        self.graph = graph
-        self.copies = dict(values)
-        self.parameters = parameters
-        self.module_stack = module_stack
-        self.insertion = insertion
-        self.frozen, self.below = frozen, below
-        self.inserted: set[fx.Node] = set()
+    graph: fx.Graph
+    copies: dict[fx.Node, fx.Node]
+    parameters: Mapping[fx.Node, str | fx.Node]
+    module_stack: dict[str, Any] | None
+    insertion: Insertion
+    frozen: tuple[fx.Node, ...] = ()
+    below: Sequence[Below] = ()
+    inserted: set[fx.Node] = field(default_factory=set)
 
     def copy_all(self, nodes: Iterable[fx.Node], part: str) -> None:
         """Insert `nodes` as this part of the adapter."""
@@ -323,9 +315,7 @@ class _Copier:
         for each in below:
             tensors = {node: each.placement.tensors[name] for name, node in each.passed.tensors.items()}
             values = dict(zip(each.passed.frozen, read, strict=True))
-            copier = _Copier(
-                self.graph, values, parameters=tensors, module_stack=self.module_stack, insertion=each.insertion
-            )
+            copier = _Copier(self.graph, values, tensors, self.module_stack, each.insertion)
             read = [copier.copy(result, PASSED) for result in each.passed.results]
             self.inserted |= copier.inserted
         self.copies.update(zip(self.frozen, read, strict=True))

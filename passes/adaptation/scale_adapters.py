@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ def _scale(
             own = recorded(node)
             assert own is not None
             record(node, replace(own, scale=insertion.scale))
-    build = _Builder(site, insertion, scale, rows, y)
+    build = _Builder(site, replace(insertion, part=OUTLET), scale, rows, y)
     _scale_passed(insertion, build)
     if (found := _branch(insertion, y, adapted)) is not None:
         branch, total = found
@@ -125,8 +124,7 @@ def _scale_passed(insertion: Insertion, build: _Builder) -> None:
     Raises:
         AdapterError: there is a coefficient for each row.
     """
-    build = copy(build)
-    build.insertion = replace(build.insertion, part=PASSED)
+    build = replace(build, insertion=replace(build.insertion, part=PASSED))
     for made, below in insertion.tensors_passed.items():
         readers = (recorded(user) for user in made.users if insertion.is_outside(user))
         reader = next((by for by in readers if by is not None), None)
@@ -178,24 +176,23 @@ def _without(insertion: Insertion, y: fx.Node, build: _Builder) -> fx.Node:
     return copies.get(y, y)
 
 
+@dataclass
 class _Builder:
     """Inserts nodes of one adapter at the place where the graph inserts, and records them as the adapter's.
 
     Args:
         site, scale, rows: as of `_scale`.
-        insertion: the record of the adapter.
+        insertion: the record of the nodes.
         output: a value of the shape and in the modules of the site's output, which stands before what is inserted.
+        inserted: the nodes.
     """
 
-    def __init__(
-        self, site: Site, insertion: Insertion, scale: fx.Node | float, rows: int | None, output: fx.Node
-    ) -> None:
-        self.site = site
-        self.insertion = replace(insertion, part=OUTLET)
-        self.scale = scale
-        self.rows = rows
-        self.output = output
-        self.inserted: set[fx.Node] = set()
+    site: Site
+    insertion: Insertion
+    scale: fx.Node | float
+    rows: int | None
+    output: fx.Node
+    inserted: set[fx.Node] = field(default_factory=set)
 
     def product(self, branch: fx.Node) -> fx.Node:
         """Insert `c branch`."""

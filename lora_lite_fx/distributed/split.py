@@ -13,9 +13,9 @@ from ..capture.graph_calls import count_arguments, return_as
 from ..errors import AdapterError, CallError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.execution import Execution
-from ..execution.layer_nodes import A_LAYER, pieces_of
 from ..graph.copies import copy_graph
 from ..graph.cut import Part, cut_at, spans_of, value_is_tensor
+from ..graph.layers import A_LAYER, pieces_of
 from ..graph.queries import reads_tensor
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import keep_registration, tensor_of

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ..adapters.placement import graph_of
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.layer_nodes import pieces_of
+from ..graph.layers import pieces_of
 from ..graph.sharded import is_sharded
 
 

@@ -10,13 +10,13 @@ from torch import fx, nn
 
 from ..capture.graph_calls import further_inputs
 from ..graph.insertion import is_inserted
+from ..graph.layers import pieces_of
 from ..graph.modes import is_flag
 from ..graph.parameter_work import first_input, move_to_front
 from ..graph.subgraph import copy_of, function_between, function_of_nodes, replace_by_call
 from ..graph.tensors import attribute_of, has_attribute
 from ..graph.walk import ancestors
 from .layer_modules import Part
-from .layer_nodes import pieces_of
 from .tensor_reader import Reader, Values, reader_of, reader_of_modes
 
 

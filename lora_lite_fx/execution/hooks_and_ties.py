@@ -14,9 +14,9 @@ from ..capture.origins.hooks import hook_name, hooks_on, weight_hooks_on
 from ..compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
 from ..graph.copies import copy_graph
+from ..graph.layers import pieces_of, whole_of
 from ..graph.modes import has_modes, keep_mode
 from .layer_modules import GraphLayer
-from .layer_nodes import pieces_of, whole_of
 from .module_checks import check_modules
 from .snapshot import Snapshot
 from .tensor_reader import Reader, reader_of

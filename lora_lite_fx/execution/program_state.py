@@ -18,6 +18,7 @@ from ..adapters.switches import Switches
 from ..capture.process_state.default_dtype import other_default_dtype
 from ..compat.torch import constant_when_compiled
 from ..errors import AdapterError, CallError
+from ..graph.layers import A_LAYER, pieces_of, require_layers
 from ..graph.modes import FLAG, flag_name, is_flag, parts_with_modes
 from ..graph.tensors import attribute_of
 from ..graph.writes import written_buffers
@@ -29,7 +30,6 @@ from .compile_layers import LayerCompiler
 from .execution import Execution, Host
 from .hooks_and_ties import HooksAndTies
 from .layer_modules import GraphLayer
-from .layer_nodes import A_LAYER, pieces_of, require_layers
 from .memory_plan import Memory, MemoryPlan, check_memory
 from .run_program import Program, ProgramKey
 from .tensor_reader import reader_of_modes

@@ -23,10 +23,10 @@ from ..capture.process_state.default_dtype import default_dtype_of
 from ..capture.process_state.python_state import state_put_back
 from ..errors import CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.layer_nodes import require_layers
 from ..execution.module_checks import absent_tensors
 from ..execution.optimize import checkpoints_layers, execution_of
 from ..graph.calls_and_traces import collection_put_off
+from ..graph.layers import require_layers
 from ..graph.modes import let_modes_be_one, set_modes
 from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
 from ..graph.writes import own_buffers, written_buffers

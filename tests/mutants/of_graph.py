@@ -3,7 +3,7 @@
 from .mutant import Mutant
 
 _GRAPH = "lora_lite_fx/graph/"
-_PIECES = "lora_lite_fx/execution/layer_nodes.py"
+_PIECES = "lora_lite_fx/graph/layers.py"
 
 
 def _mutant(name: str, text: str, replacement: str, why: str, test: str = "") -> Mutant:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import OpOverload, is_transform
+from ..graph.insertion import inner_name
 from ..graph.queries import argument_of, is_deterministic, operation_name
 from ..graph.regions import closes_region, opens_region
 from ..graph.writes import written_operands
@@ -211,5 +212,5 @@ def plan_of(measured: Measured, dropped: Sequence[fx.Node]) -> MemoryPlan:
 def _label(node: fx.Node) -> str:
     if node.op == "placeholder":
         return "the input of the layer"
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return f"{stack[-1][0]}: {operation_name(node)}" if stack else node.name
+    module = inner_name(node)
+    return node.name if module is None else f"{module}: {operation_name(node)}"

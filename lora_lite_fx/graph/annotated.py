@@ -99,9 +99,9 @@ def _copied_into_trace(gm: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node
                 target = f"{path}.{target}"
             copies[node] = tracer.create_node(node.op, target, args, kwargs, node.name, node.type)
             copies[node].meta = copy.copy(node.meta)
-    to_proxy: Callable[[fx.Node], Any] = lambda node: _as_proxy(tracer, copies[node])  # noqa: E731
-    return fx.node.map_arg(graph.output_node().args[0], to_proxy)
 
+    def value_of(node: fx.Node) -> Any:
+        copied = copies[node]
+        return tracer.proxy(copied) if isinstance(copied, fx.Node) else copied
 
-def _as_proxy(tracer: Any, value: Any) -> Any:
-    return tracer.proxy(value) if isinstance(value, fx.Node) else value
+    return fx.node.map_arg(graph.output_node().args[0], value_of)

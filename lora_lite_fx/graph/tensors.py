@@ -60,11 +60,10 @@ def is_quantized(tensor: Tensor) -> bool:
 
 def has_attribute(model: nn.Module, name: str) -> bool:
     """Check whether `model` has a tensor or a module of that qualified name."""
-    value: Any = model
-    for part in name.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
+    try:
+        attribute_of(model, name)
+    except AttributeError:
+        return False
     return True
 
 

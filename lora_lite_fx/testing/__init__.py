@@ -6,7 +6,6 @@ def test_my_variant():
     check(MyVariant(r=4))
 """
 
-from .conformance import check
-from .report import Report, Result
+from .conformance import Report, Result, check
 
 __all__ = ["Report", "Result", "check"]

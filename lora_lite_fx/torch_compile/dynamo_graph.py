@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -36,7 +35,8 @@ def to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """
     # These stand-ins have the symbols of dynamic shapes, which Dynamo's example inputs do not have.
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-    with _fake_mode(values), fx.traceback.preserve_node_meta(), keeping_functions() as kept:
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with mode, fx.traceback.preserve_node_meta(), keeping_functions() as kept:
         aten = make_fx(_Interpreter(_without_transforms(gm), kept).run, pre_dispatch=True)(*values)
         kept.put_calls(aten)
     gm = fx.GraphModule(aten, aten.graph)
@@ -87,11 +87,6 @@ def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:
             region = []
     whole.graph = graph
     return whole
-
-
-def _fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:
-    """Return the mode that the stand-ins among `values` belong to."""
-    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def _read_as_attribute(gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor) -> None:

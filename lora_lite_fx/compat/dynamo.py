@@ -68,11 +68,5 @@ def without_fake_tensor_cache() -> AbstractContextManager[Any]:
     return patch
 
 
-def _check_mark() -> None:
-    def nothing() -> None: ...
-
-    if not hasattr(torch.compiler.assume_constant_result(nothing), CONSTANT):
-        raise ImportError(missing(f"torch.compiler.assume_constant_result().{CONSTANT}"))
-
-
-_check_mark()
+if not hasattr(torch.compiler.assume_constant_result(lambda: None), CONSTANT):
+    raise ImportError(missing(f"torch.compiler.assume_constant_result().{CONSTANT}"))

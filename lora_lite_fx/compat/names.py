@@ -7,7 +7,6 @@ Each look-up names the public thing that does nearly the same, and has one of th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -70,11 +69,7 @@ def offered(path: str, public: str, feature: str) -> Any:
     try:
         return find(path)
     except (AttributeError, ImportError):
-        return refusing(f"{feature} needs a newer or an older release: {missing(path)}")
-
-
-def refusing(message: str) -> Callable[..., NoReturn]:
-    """Return a function that raises AdapterError with this message, whatever it is called with."""
+        message = f"{feature} needs a newer or an older release: {missing(path)}"
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise AdapterError(message)

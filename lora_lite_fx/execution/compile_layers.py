@@ -25,11 +25,7 @@ class LayerCompiler:
 
     def __init__(self, **options: Any) -> None:
         self.options = {**ISOLATED, **options}
-
-        def nothing() -> None:
-            """Be a function to check the options with; nothing is compiled before it is called."""
-
-        torch.compile(nothing, **self.options)
+        torch.compile(lambda: None, **self.options)  # checks the options; nothing is compiled before it is called
 
     def __call__(self, function: _Function) -> _Function:
         """Return the function, to be compiled when it is called."""

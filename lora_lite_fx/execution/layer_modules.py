@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 
 from ..compat.torch_modules import children_of
 from ..errors import AdapterError
 from ..graph.layers import is_layer, layer_of
+from ..graph.tensors import module_at
 
 Part = Callable[..., Any]
 """`module, *inputs -> results`: what a layer computes in a program, of the tensors that `module` has now.
@@ -124,13 +125,8 @@ class GraphLayer(RunsParts, nn.Module):
 
 def make_layers(gm: fx.GraphModule) -> None:
     """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
-    for node in gm.graph.nodes:
-        path = (layer_of(node) or "").rpartition("@")[0]
-        module: nn.Module = gm
-        for name in path.split(".") if path else ():
-            if name not in children_of(module):
-                module.add_module(name, nn.Module())
-            module = cast(nn.Module, children_of(module)[name])
+    for layer in dict.fromkeys(map(layer_of, gm.graph.nodes)):
+        module_at(gm, (layer or "").rpartition("@")[0])
     for name, module in gm.named_modules():
         if type(module) is nn.Module:
             children = children_of(module)

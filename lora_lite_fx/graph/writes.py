@@ -39,11 +39,6 @@ would also change a number that is read again later.
 """
 
 
-def own_written_buffers(gm: fx.GraphModule) -> None:
-    """Give `gm` copies of the buffers that running it changes (running statistics, counters)."""
-    own_buffers(gm, written_buffers(gm))
-
-
 def own_buffers(model: nn.Module, names: Iterable[str]) -> None:
     """Give `model` copies of the buffers of these qualified names."""
     for name in names:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..adapters.variant import Variant
 from ..capture.shared_copy import shared_copy
 from ..errors import CaptureError, ConfigError, shown
-from ..graph.writes import own_written_buffers
+from ..graph.writes import own_buffers, written_buffers
 from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
 from ..sites.site import Site
@@ -61,7 +61,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
         for name, observer in of_variant.items():
             by_site.setdefault(name, []).append(observer)
     observed = shared_copy(gm)
-    own_written_buffers(observed)
+    own_buffers(observed, written_buffers(observed))
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()
     names = list(inspect.signature(gm.forward).parameters)

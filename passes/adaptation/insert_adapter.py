@@ -43,8 +43,8 @@ from ...graph.insertion import (
     surrounding,
 )
 from ...graph.modes import flag_name, is_flag
-from ...graph.queries import operation_name, reads_tensor
-from ...graph.tensors import module_at, register_tensor, tensor_of
+from ...graph.queries import operation_name
+from ...graph.tensors import attribute_of, module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
 from ...sites.batch.batch_dimension import batch_dim, follow_rows
@@ -218,7 +218,8 @@ def _reads(gm: fx.GraphModule, site: Site, call: Call, name: str) -> dict[fx.Nod
         nodes = [computed]
     else:
         frozen = tensor_of(gm, str(path))
-        nodes = [node for node in gm.graph.find_nodes(op="get_attr") if _is(gm, node, frozen)]
+        reads = [node for node in gm.graph.find_nodes(op="get_attr") if not is_inserted(node)]
+        nodes = [node for node in reads if attribute_of(gm, str(node.target)) is frozen]
     ends = {call.node, call.y}
     found = {node: [user for user in node.users if leads_only_to(user, ends)] for node in nodes}
     found = {node: readers for node, readers in found.items() if readers}
@@ -228,10 +229,6 @@ def _reads(gm: fx.GraphModule, site: Site, call: Call, name: str) -> dict[fx.Nod
             " that something else reads too. The way out: a low-rank adapter there."
         )
     return found
-
-
-def _is(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> bool:
-    return not is_inserted(node) and reads_tensor(gm, node) and tensor_of(gm, str(node.target)) is tensor
 
 
 def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ def normalize_products(graph: fx.Graph, x: fx.Node, base: fx.Node, frozen: set[f
             _put_first(node, (x, base))
         casts = _dropped_before(node, base)
         for value in node.all_input_nodes:
-            if value.target in casts and _does_nothing(value):
+            if value.target in casts and _value(value).dtype == _value(value.all_input_nodes[0]).dtype:
                 node.replace_input_with(value, value.all_input_nodes[0])
 
 
@@ -199,11 +199,6 @@ def _dropped_before(node: fx.Node, base: fx.Node) -> tuple[Any, ...]:
     if node is base or node.target is _LINEAR:
         return aten.to.dtype, aten.type_as.default
     return (aten.to.dtype,) if node.op == "output" or node.target in (aten.to.dtype, aten.type_as.default) else ()
-
-
-def _does_nothing(cast: fx.Node) -> bool:
-    """Check whether `cast` returns a value in the type that it has."""
-    return _value(cast).dtype == _value(cast.all_input_nodes[0]).dtype
 
 
 def _value(node: fx.Node) -> Tensor:

@@ -56,7 +56,7 @@ def boolean_masks(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """Return the masks of booleans in the graph, each with the calls of attention that read it, in order."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = argument_of(node, "attn_mask")
         if isinstance(mask, fx.Node) and dtype_of(mask) is torch.bool:
             readers.setdefault(mask, []).append(node)
     return readers

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...graph.queries import boolean_masks, is_deterministic, obstacle_between
+from ...graph.queries import boolean_masks, is_deterministic, obstacle_between, set_argument
 from ...graph.walk import ancestors
 from ...graph.writes import overwrites
 from ...ops.attention_mask import MaskOfSizes, needed_mask
 from ..pipeline import Declined, GraphPass, Outcome
-
-_IS_CAUSAL = 5
-"""The index of the argument `is_causal` of attention."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,7 @@ class LeaveOutMask(GraphPass):
             left.meta["val"] = mask.meta["val"]  # or None, which passes need not know
             for node in attentions:
                 node.replace_input_with(mask, left)
-                if len(node.args) > _IS_CAUSAL:
-                    node.update_arg(_IS_CAUSAL, causal)
-                else:
-                    node.update_kwarg("is_causal", causal)
+                set_argument(node, "is_causal", causal)
             edits += 1
         return Outcome(edits, tuple(declined))
 

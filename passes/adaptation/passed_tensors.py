@@ -23,16 +23,14 @@ from .fragment import layouts_at
 
 @dataclass(frozen=True)
 class PassedTensors:
-    """The weight and the bias that an adapter makes of those below it, for the adapters around it, traced.
+    """The nodes of a trace: the weight and the bias that an adapter makes of those below it, for those around it.
 
     Args:
-        graph: computes them from those below it and its tensors.
         frozen: the placeholders of the weight and, if there is one, the bias, as the model stores them.
         tensors: the placeholders of the adapter's tensors, by the variant's own names.
         results: the nodes of the new weight and, if there is one, the new bias, as the model stores them.
     """
 
-    graph: fx.Graph
     frozen: tuple[fx.Node, ...]
     tensors: Mapping[str, fx.Node]
     results: tuple[fx.Node, ...]
@@ -62,7 +60,7 @@ def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> tuple[
     inputs = list(graph.find_nodes(op="placeholder"))
     results = cast(list[fx.Node], graph.output_node().args[0])
     tensors = dict(zip(adapter, inputs[len(frozen) :], strict=True))
-    return dependencies, PassedTensors(graph, tuple(inputs[: len(frozen)]), tensors, tuple(results))
+    return dependencies, PassedTensors(tuple(inputs[: len(frozen)]), tensors, tuple(results))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def _same(node: fx.Node, same: fx.Node | None, overwritten: Container[fx.Node]) 
 
 def _copied(gm: fx.GraphModule, node: fx.Node, twin: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """Copy a node of evaluation to where the graph of `gm` inserts; return None if it writes to something outside."""
-    if node.op == "call_module" or (writes_outside(gm, node) and not _only_reads_statistics(node)):
+    only_reads_statistics = node.target in _BATCH_NORMS and statistics_flag(node) is False
+    if node.op == "call_module" or (writes_outside(gm, node) and not only_reads_statistics):
         return None
     copied = gm.graph.node_copy(node, twin.__getitem__)
     if node.op == "get_attr" and not _take_what_is_read(gm, node, copied):
@@ -215,10 +216,6 @@ def _flag_by_position(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _follows(node: fx.Node) -> bool:
     """Check whether a node follows the mode of its module, or is the one of evaluation that stands for such a node."""
     return any(map(is_flag, node.all_input_nodes)) or node.target in (*_BATCH_NORMS, _DROPOUT)
-
-
-def _only_reads_statistics(node: fx.Node) -> bool:
-    return node.target in _BATCH_NORMS and statistics_flag(node) is False
 
 
 def _revalue(node: fx.Node) -> None:

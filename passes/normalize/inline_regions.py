@@ -42,15 +42,11 @@ class InlineRegions(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> int:
         edits = 0
-        while regions := [node for node in gm.graph.nodes if _is_region(node) and _is_to_open(gm, node)]:
+        while regions := [node for node in gm.graph.nodes if _is_to_open(gm, node)]:
             for node in regions:
                 _inline(gm, node)
             edits += len(regions)
         return edits
-
-
-def _is_region(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _SETTINGS
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
@@ -61,6 +57,8 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 
 
 def _is_to_open(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in _SETTINGS:
+        return False
     return node.target is GRAD_REGION or not AUTOCAST_REGIONS_COMPILE or _holds_work(gm, node)
 
 

@@ -34,13 +34,8 @@ class Recomputing:
         return kept[0] if self.recipe is None else self.recipe(None, *kept)[0]
 
 
-def is_tensor(value: Any) -> bool:
-    """Check whether autograd saves a value."""
-    return isinstance(value, Tensor)
-
-
 def apart(
-    values: Sequence[Any], can_be_saved: Callable[[Any], bool] = is_tensor
+    values: Sequence[Any], can_be_saved: Callable[[Any], bool] = lambda value: isinstance(value, Tensor)
 ) -> tuple[list[Tensor | None], list[Any]]:
     """Return the values that `ctx.save_for_backward` takes, and the others; each list has None for those of the other.
 

@@ -42,7 +42,11 @@ def to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     gm = fx.GraphModule(aten, aten.graph)
     for i, (node, tensor) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(tensor, nn.Parameter):
-            _read_as_attribute(gm, node, f"input_{i}", tensor)
+            register_tensor(gm, name := f"input_{i}", tensor)
+            with gm.graph.inserting_after(node):
+                attribute = gm.graph.get_attr(name)
+            attribute.meta = {"val": node.meta["val"]}
+            node.replace_all_uses_with(attribute)
     return gm
 
 
@@ -87,15 +91,6 @@ def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:
             region = []
     whole.graph = graph
     return whole
-
-
-def _read_as_attribute(gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor) -> None:
-    """Let `gm` read `tensor` under a qualified name instead of the input `node`, which stays."""
-    register_tensor(gm, name, tensor)
-    with gm.graph.inserting_after(node):
-        attribute = gm.graph.get_attr(name)
-    attribute.meta = {"val": node.meta["val"]}
-    node.replace_all_uses_with(attribute)
 
 
 def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -162,10 +162,9 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
 
 def _register(gm: fx.GraphModule, site: Site, name: str, parameter: nn.Parameter) -> str:
     """Register a parameter that `site` alone reads, and return its qualified name."""
-    if site.name not in dict(gm.named_modules()):
-        gm.add_submodule(site.name, nn.Module())
-    gm.get_submodule(site.name).register_parameter(f"merged_{name}", parameter)
-    return f"{site.name}.merged_{name}"
+    path = f"{site.name}.merged_{name}"
+    register_tensor(gm, path, parameter)
+    return path
 
 
 def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, merged: nn.Parameter) -> None:

@@ -73,7 +73,7 @@ def test_every_kind_of_promise_is_made() -> None:
 def test_a_release_without_the_name(file: str, path: str, name: names.PrivateName, without: Any) -> None:
     assert name.public
     library = path.partition(".")[0]
-    assert names.tried_range(library)
+    assert versions.tried_range(library)
     without(path)
     if name.without.startswith("an ImportError"):
         with pytest.raises(ImportError, match=rf"uses {path.replace('(', '.').replace(')', '.')}, which {library} "):

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..graph.insertion import SHARED
 from ..graph.tensors import HALF
-from ..sites.dialects import KINDS
+from ..sites.finding import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
 from .arguments import ALL_LINEAR, ALL_LINEAR_HERE, check_arguments

@@ -1,7 +1,7 @@
 """Find the sites of a graph: match products with frozen weights, infer their roles, and name them.
 
-`dialects.py` says which nodes are such products, `kinds/` what the products compute, and `roles.py` what they do in the
-model.
+`DIALECTS` says which nodes are such products, `kinds/` what the products compute, and `roles.py` what they do in the
+model. Adding a kind is its file in `kinds/` and its line in `DIALECTS`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,34 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..graph.calls_and_traces import collection_put_off
-from ..graph.insertion import inner_name
+from ..graph.insertion import inner_name, is_inserted
 from ..graph.tensors import tensor_of
-from .computed import frozen_values
-from .dataflow import LinearNode
-from .dialects import match_site
-from .kinds.linear import Linear
+from .computed import Computation, frozen_values, obstacle
+from .dataflow import LinearNode, op_name
+from .kinds.contraction import EINSUM
+from .kinds.convolution import CONVOLUTION
+from .kinds.embedding import EMBEDDING
+from .kinds.experts import EXPERTS
+from .kinds.linear import ADDMM, LINEAR, MATMUL, Linear
+from .kinds.norm import NORM
 from .kinds.site_kind import SiteKind
-from .matching import FrozenReader, Match
+from .matching import Dialect, FrozenReader, Match
 from .roles import infer_roles
 from .site import Site
+
+DIALECTS = (LINEAR, ADDMM, MATMUL, EINSUM, EMBEDDING, CONVOLUTION, EXPERTS, NORM)
+"""All dialects. Of those that share an operator, the first that matches counts."""
+
+KINDS = tuple(dict.fromkeys(kind.name for dialect in DIALECTS for kind in dialect.kinds))
+"""The kinds of sites, as `Variant.target_kinds` names them."""
+
+_BY_OPERATOR: dict[object, list[Dialect]] = defaultdict(list)
+for _dialect in DIALECTS:
+    for _operator in _dialect.operators:
+        _BY_OPERATOR[_operator].append(_dialect)
 
 # The calls of a site have in common the name of their module, the name of the weight, the kind, and the tensors.
 _Group = tuple[str, str, SiteKind, Hashable]
@@ -70,6 +85,32 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             )
         )
     return _with_ties(gm, sites)
+
+
+def match_site(reader: FrozenReader, node: fx.Node) -> Match | None:
+    """Return the match of `node` as a product with a frozen weight of real numbers, or None if it is not one."""
+    if node.op != "call_function" or is_inserted(node):
+        return None
+    dialects = _BY_OPERATOR.get(node.target) or _BY_OPERATOR.get(op_name(node)) or ()
+    match = next((match for dialect in dialects if (match := dialect.match(reader, node)) is not None), None)
+    if match is None or is_complex(reader.gm, node, match.weight.name, match.weight.computed):
+        return None
+    return match
+
+
+def is_complex(gm: fx.GraphModule, product: fx.Node, weight: str, computed: fx.Node | None) -> bool:
+    """Return whether a product is one of complex numbers, for which adapters are not made.
+
+    Args:
+        gm: the graph module.
+        product: the node.
+        weight: the name of the parameter that it multiplies with, the largest if it multiplies with a computed tensor.
+        computed: that tensor, or None. It is not looked at if computing it changes something, as spectral norm does.
+    """
+    value = product.meta.get("val")
+    if "val" not in product.meta and computed is not None:  # symbolic tracing does not tell
+        value = None if obstacle(gm, computed, product) else Computation.of(computed).run(gm)
+    return tensor_of(gm, weight).is_complex() or (isinstance(value, Tensor) and value.is_complex())
 
 
 def _with_ties(gm: fx.GraphModule, sites: list[Site]) -> list[Site]:

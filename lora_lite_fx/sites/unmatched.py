@@ -18,8 +18,7 @@ from ..graph.insertion import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
 from .dataflow import NORMS, PLAIN_MODULES, PRODUCTS, LinearNode, op_name
-from .dialects import is_complex
-from .finding import name_of_weight
+from .finding import is_complex, name_of_weight
 from .kinds.contraction import contraction
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup

@@ -14,8 +14,7 @@ from ...errors import AdapterError
 from ...graph.insertion import leads_only_to
 from ...graph.tensors import has_values, register_tensor, tensor_of
 from ...sites.computed import Computation, frozen_values
-from ...sites.dialects import match_site
-from ...sites.finding import find_sites
+from ...sites.finding import find_sites, match_site
 from ...sites.matching import FrozenReader
 from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code

@@ -15,7 +15,6 @@ from torch import fx
 
 from ..adapters.named_configs import Config, as_adapters
 from ..adapters.placement import placements
-from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_values
 from ..adapters.switches import HasSwitches, Switches
 from ..capture.capture_model import Inputs
@@ -31,7 +30,7 @@ from ..formats.peft.directory import CONFIG
 from ..formats.untrusted_files import read_json
 from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
-from ..rewriting.calibration import Batches, check_calibration
+from ..rewriting.choose_sites import Batches, check_calibration, check_gradients
 from ..rewriting.rewrite import rewrite
 from .adapted_model import Adapted
 from .adapted_parts import subclass

@@ -34,8 +34,8 @@ from ..graph.layers import is_layer
 from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import register_tensor, tensor_of
 from ..log import logger
-from ..rewriting.calibration import Batches
 from ..rewriting.capture import base_graph
+from ..rewriting.choose_sites import Batches
 from ..rewriting.merge_into_model import fold_into, tell_config
 from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized

@@ -32,8 +32,7 @@ from ..graph.sharded import refuse_sharded
 from ..graph.tensors import tensor_of
 from ..log import logger
 from ..passes import Pipeline, RemoveAdapters
-from ..rewriting.calibration import Batches
-from ..rewriting.choose_sites import choose_sites
+from ..rewriting.choose_sites import Batches, choose_sites
 from ..rewriting.rewrite import insert_new, insert_placed
 from .around_parts import has_parts, run_around_parts, try_around_parts
 from .caches import refuse_exports_with_static_cache

@@ -29,9 +29,8 @@ from ..sites.finding import find_sites
 from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
 from .adapted_linear import AdaptedLinear
-from .calibration import Batches, check_calibration
 from .capture import base_graph
-from .choose_sites import choose_sites
+from .choose_sites import Batches, check_calibration, choose_sites
 
 
 @outside_inference_mode()

@@ -25,8 +25,7 @@ from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
 from .adapted_linear import AdaptedLinear
-from .calibration import Batches, check_calibration
-from .choose_sites import choose_sites
+from .choose_sites import Batches, check_calibration, choose_sites
 from .rewrite import insert_new, insert_placed
 
 

@@ -34,7 +34,6 @@ from ..adapters.placement import (
     next_index,
     placements,
 )
-from ..adapters.quantized_base import check_gradients
 from ..adapters.start_values import initialize
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
@@ -53,9 +52,8 @@ from ..passes import (
     without_gradient,
 )
 from ..sites.site import Site, stored_bias, stored_weight
-from .calibration import Batches, check_calibration
 from .capture import capture
-from .choose_sites import NewAdapter, choose_sites
+from .choose_sites import Batches, NewAdapter, check_calibration, check_gradients, choose_sites
 from .requantise import Requantised
 
 

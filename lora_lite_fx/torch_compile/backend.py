@@ -16,13 +16,12 @@ from torch import fx, nn
 
 from ..adapters.bank import check_no_bank
 from ..adapters.named_configs import Config, as_adapters
-from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode
 from ..log import phase
-from ..rewriting.choose_sites import choose_sites
+from ..rewriting.choose_sites import check_gradients, choose_sites
 from .dynamo_graph import Compiled, Compiler
 from .inner import Inner
 from .marked_graph import compile_marked, has_marks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -18,15 +18,15 @@ from ..capture.symbolic_tracing.attention_module import attend_heads
 from ..errors import AdapterError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.execution import Execution
-from ..graph.divided import put_borders
+from ..graph.divided import let_be_whole, put_borders
 from ..graph.divided_dropout import DROPOUT, draws
+from ..graph.insertion import insertions, surrounding
 from ..graph.sharded import is_dtensor, is_sharded, is_stage
 from ..graph.tensors import register_tensor, tensor_of
-from ..passes import Pipeline, RecomputeInputs
+from ..passes import GraphPass, Pipeline, RecomputeInputs
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .agreement import agree, broadcast_adapters
-from .sum_at_sites import SumAtSites
 from .units import RunsGraphs, graphs_of
 
 if TYPE_CHECKING:
@@ -108,6 +108,34 @@ def parallelize(
     if isinstance(model, RunsGraphs):
         model.bind_graphs()
     return model
+
+
+@dataclass(frozen=True)
+class SumAtSites(GraphPass):
+    """Let the result of each linear that is divided by inputs be whole, and the gradient of each other one's input.
+
+    So a process sends what Megatron's rules say: two sums of activations per layer and pass. Left alone, DTensors carry
+    sums that no process has to the next operation that cannot take them, and choose there anew what costs least: they
+    may sum one value several times, or gather weights. Safe because a value and its sum over the processes are one
+    DTensor in two forms.
+
+    Args:
+        dims: the dimension of `W (d_out, d_in)` that is divided, by the name of the site.
+    """
+
+    dims: Mapping[str, int]
+
+    def run(self, gm: fx.GraphModule) -> int:
+        adapters = insertions(gm.graph)
+        summed: dict[fx.Node, None] = {}  # one sum for siblings, which read one input
+        for site in find_sites(gm):
+            dim = self.dims.get(site.name)
+            for call in site.calls if dim is not None else ():
+                _, x, y = surrounding([each for each in adapters if each.site == site.name], call.x, call.y)
+                summed[y if dim else x] = None
+        for node in summed:
+            let_be_whole(gm.graph, node)
+        return len(summed)
 
 
 def _divided_execution(execution: Execution | None, dims: Mapping[str, int], mesh: DeviceMesh) -> Execution:

@@ -174,27 +174,12 @@ def as_named(loaded: fx.GraphModule, name: str, first: int) -> tuple[list[Placem
     return placed, tensors
 
 
-def insert_as(gm: fx.GraphModule, loaded: fx.GraphModule, name: str) -> None:
-    """Insert the one adapter of another graph of the model, with its tensors, under a name.
-
-    Args:
-        gm: changed in place.
-        loaded: the other graph.
-        name: the name.
-
-    Raises:
-        ConfigError: as `as_named`.
-    """
-    placed, tensors = as_named(loaded, name, next_index(gm))
-    insert_placed(gm, placed, {}, tensors)
-
-
 def insert_from(model: nn.Module, loaded: fx.GraphModule, name: str) -> None:
     """Insert the one adapter of another graph of the model into the model, in place. What acts stays as it is.
 
     Args:
         model: a graph of this library, or a model that runs such graphs.
-        loaded, name: as for `insert_as`.
+        loaded, name: as for `as_named`.
     """
     acting = acting_now(model)
     if isinstance(model, ChangesGraphs):
@@ -202,6 +187,7 @@ def insert_from(model: nn.Module, loaded: fx.GraphModule, name: str) -> None:
     else:
         assert isinstance(model, AdaptedGraphModule)
         draft = draft_of(model)
-        insert_as(draft, loaded, name)
+        placed, tensors = as_named(loaded, name, next_index(draft))
+        insert_placed(draft, placed, {}, tensors)
         model.take_over(draft)
     act_as_before(model, acting)

@@ -1,75 +1,37 @@
 """The variants, one file each. To add one, write its file and import it here."""
 
-from .adalora import AdaLoRA
-from .antipasto import AntiPaSTO
-from .antipasto_ablate import AntiPaSTOAblate
-from .antipasto_arrow import AntiPaSTOArrow
-from .antipasto_dplr import AntiPaSTODPLR
-from .antipasto_gain import AntiPaSTOGain
-from .boft import BOFT
-from .c3a import C3A
-from .delora import DeLoRA
-from .dora import DoRA
-from .eva import EVA
-from .fourierft import FourierFT
-from .full import Full
-from .glora import GLoRA
-from .gralora import GraLoRA
-from .hira import HiRA
-from .hra import HRA
-from .ia3 import IA3
-from .loha import LoHa
-from .lokr import LoKr
-from .lora import LoRA
-from .lora_xs import LoRAXS
-from .miss import MiSS
-from .oft import OFT
-from .olora import OLoRA
-from .pissa import PiSSA
-from .psoft import PSOFT
-from .randlora import RandLoRA
-from .road import RoAd
-from .shira import SHiRA
-from .tinylora import TinyLoRA
-from .trainable_tokens import TrainableTokens
-from .vblora import VBLoRA
-from .vera import VeRA
-from .waveft import WaveFT
-
-__all__ = [
-    "BOFT",
-    "C3A",
-    "EVA",
-    "HRA",
-    "IA3",
-    "OFT",
-    "PSOFT",
-    "AdaLoRA",
-    "AntiPaSTO",
-    "AntiPaSTOAblate",
-    "AntiPaSTOArrow",
-    "AntiPaSTODPLR",
-    "AntiPaSTOGain",
-    "DeLoRA",
-    "DoRA",
-    "FourierFT",
-    "Full",
-    "GLoRA",
-    "GraLoRA",
-    "HiRA",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoRAXS",
-    "MiSS",
-    "OLoRA",
-    "PiSSA",
-    "RandLoRA",
-    "RoAd",
-    "SHiRA",
-    "TinyLoRA",
-    "TrainableTokens",
-    "VBLoRA",
-    "VeRA",
-    "WaveFT",
-]
+from .adalora import AdaLoRA as AdaLoRA
+from .antipasto import AntiPaSTO as AntiPaSTO
+from .antipasto_ablate import AntiPaSTOAblate as AntiPaSTOAblate
+from .antipasto_arrow import AntiPaSTOArrow as AntiPaSTOArrow
+from .antipasto_dplr import AntiPaSTODPLR as AntiPaSTODPLR
+from .antipasto_gain import AntiPaSTOGain as AntiPaSTOGain
+from .boft import BOFT as BOFT
+from .c3a import C3A as C3A
+from .delora import DeLoRA as DeLoRA
+from .dora import DoRA as DoRA
+from .eva import EVA as EVA
+from .fourierft import FourierFT as FourierFT
+from .full import Full as Full
+from .glora import GLoRA as GLoRA
+from .gralora import GraLoRA as GraLoRA
+from .hira import HiRA as HiRA
+from .hra import HRA as HRA
+from .ia3 import IA3 as IA3
+from .loha import LoHa as LoHa
+from .lokr import LoKr as LoKr
+from .lora import LoRA as LoRA
+from .lora_xs import LoRAXS as LoRAXS
+from .miss import MiSS as MiSS
+from .oft import OFT as OFT
+from .olora import OLoRA as OLoRA
+from .pissa import PiSSA as PiSSA
+from .psoft import PSOFT as PSOFT
+from .randlora import RandLoRA as RandLoRA
+from .road import RoAd as RoAd
+from .shira import SHiRA as SHiRA
+from .tinylora import TinyLoRA as TinyLoRA
+from .trainable_tokens import TrainableTokens as TrainableTokens
+from .vblora import VBLoRA as VBLoRA
+from .vera import VeRA as VeRA
+from .waveft import WaveFT as WaveFT

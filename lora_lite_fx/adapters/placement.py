@@ -17,13 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, fx, nn
 
 from ..errors import AdapterError, ConfigError
-from ..graph.insertion import (
-    DEFAULT,
-    SHARED,
-    Insertion,
-    insertions,
-    qualified_names,
-)
+from ..graph.insertion import DEFAULT, SHARED, Insertion, insertions, qualified_names
 from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
 from .adapter_tensors import AdapterTensors

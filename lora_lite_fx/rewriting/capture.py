@@ -30,13 +30,7 @@ from ..graph.layers import require_layers
 from ..graph.modes import let_modes_be_one, set_modes
 from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
 from ..graph.writes import own_buffers, written_buffers
-from ..passes import (
-    DropEmptyParts,
-    DropMetadataAsserts,
-    FollowMode,
-    InlineRegions,
-    Pipeline,
-)
+from ..passes import DropEmptyParts, DropMetadataAsserts, FollowMode, InlineRegions, Pipeline
 from .merged_model import save_as_model
 
 

@@ -27,13 +27,7 @@ from ..adapters.contract import rehearse
 from ..adapters.frozen_site import FrozenSite
 from ..adapters.listing import describe_adapters
 from ..adapters.named_configs import Config, as_adapters, check_free
-from ..adapters.placement import (
-    HasGraphs,
-    Placement,
-    adapter_names,
-    next_index,
-    placements,
-)
+from ..adapters.placement import HasGraphs, Placement, adapter_names, next_index, placements
 from ..adapters.start_values import initialize
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
@@ -44,13 +38,7 @@ from ..execution.memory_plan import Memory, check_memory, plan_memory
 from ..graph.calls_and_traces import collection_put_off
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
-from ..passes import (
-    InsertAdapter,
-    MergeAdapters,
-    Pipeline,
-    RemoveAdapters,
-    without_gradient,
-)
+from ..passes import InsertAdapter, MergeAdapters, Pipeline, RemoveAdapters, without_gradient
 from ..sites.site import Site, stored_bias, stored_weight
 from .capture import capture
 from .choose_sites import Batches, NewAdapter, check_calibration, check_gradients, choose_sites

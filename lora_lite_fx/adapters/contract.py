@@ -63,8 +63,6 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, in
                 f"{type(variant).__name__} cannot adapt {site.name!r}, which is {site.kind.article}: its factors have"
                 " no rows that belong to a group. Variants whose update has the shape of the weight can, as LoHa."
             )
-        if local.slots:
-            site = site.with_bank(local.slots)
         specs = _specs(local, site)
         # Names of adapters that the site has already are no obstacle: further ones are numbered.
         module = modules.get(site.name)
@@ -186,35 +184,26 @@ _rehearsed: Remembered[Dependencies] = Remembered()
 
 
 def rehearse(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
-    """Return what `forward` reads at `site`. It is run once in a process for all sites that it cannot tell apart.
+    """Return what `forward` reads at a site apart from tensors.
+
+    It is run once in a process for all sites that it cannot tell apart.
 
     Args:
-        variant, site, model: as for `_run_through`.
-
-    Raises:
-        ConfigError: as `_run_through`.
-    """
-
-    def run() -> tuple[Dependencies, Dependencies]:
-        dependencies = _run_through(variant, site, model)
-        return dependencies, dependencies
-
-    return _rehearsed.at(operands_of(variant, site, model), site, run)
-
-
-def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
-    """Run `forward` on stand-ins: twice in training mode and, if it reads the mode, in evaluation mode.
-
-    Args:
-        variant: the config for the site.
+        variant: the config for the site; its adapter is a bank if it has slots.
         site: the site.
         model: has its frozen tensors.
 
-    Returns:
-        What `forward` reads apart from tensors.
-
     Raises:
-        ConfigError: `forward` fails or breaks a rule.
+        ConfigError: `forward` fails or breaks a rule; or the site cannot have a bank.
+    """
+    site = site.with_bank(variant.slots) if variant.slots else site
+    return _rehearsed.at(operands_of(variant, site, model), site, partial(_run_through, variant, site, model))
+
+
+def _run_through(variant: Variant, site: Site, model: nn.Module) -> tuple[Dependencies, Dependencies]:
+    """Run `forward` on stand-ins: twice in training mode and, if it reads the mode, in evaluation mode.
+
+    Return what it reads, twice: it is the result of the run, and what the run depends on.
     """
     stored, bias = stored_weight(model, site), stored_bias(model, site)
     stage = Stage()
@@ -250,4 +239,4 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies
         )
     if dependencies.training:
         run(training=False)
-    return dependencies
+    return dependencies, dependencies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 from .param_spec import is_finite
 from .patterns import first_occurring
-from .variant import Variant, pairs
-
-T = TypeVar("T")
+from .variant import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +138,11 @@ def override(variant: Variant, field: str, pattern: str, name: str) -> dict[str,
         pattern: the field that has its other values by name.
         name: of a site.
     """
-    usual = getattr(variant, field)
-    value = first_match(getattr(variant, pattern), name, usual)
-    return {} if value == usual else {field: value, pattern: ()}
-
-
-def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:
-    """Return the value of the first pattern that occurs in `name`, or `default` if none does."""
-    entries = list(pairs(patterns))
-    index = first_occurring([pattern for pattern, _ in entries], name)
-    return default if index is None else entries[index][1]
+    values = getattr(variant, pattern)
+    index = first_occurring([expression for expression, _ in values], name)
+    if index is None or values[index][1] == getattr(variant, field):
+        return {}
+    return {field: values[index][1], pattern: ()}
 
 
 def is_count(value: object) -> bool:

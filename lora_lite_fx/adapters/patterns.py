@@ -76,17 +76,17 @@ class _Search:
         self.results: dict[str, int | None] = {}
 
     def first(self, name: str) -> int | None:
-        if name not in self.results:
-            self.results[name] = self._first(name)
-        return self.results[name]
-
-    def _first(self, name: str) -> int | None:
+        if name in self.results:
+            return self.results[name]
         began = time.thread_time()  # not the time of the wall, because other processes may hold this one up
         try:
-            for index, pattern in enumerate(self.patterns):
-                if self._occurs(pattern, name, self.seconds_left - (time.thread_time() - began)):
-                    return index
-            return None
+            found = (
+                index
+                for index, pattern in enumerate(self.patterns)
+                if self._occurs(pattern, name, self.seconds_left - (time.thread_time() - began))
+            )
+            self.results[name] = next(found, None)
+            return self.results[name]
         finally:
             took = time.thread_time() - began
             self.seconds_left -= took if took > _ORDINARY else 0
@@ -102,9 +102,7 @@ class _Search:
         )
 
 
-@lru_cache(maxsize=512)
-def _search(patterns: tuple[str, ...]) -> _Search:
-    return _Search(patterns)
+_search = lru_cache(maxsize=512)(_Search)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from .param_spec import ParamSpec as ParamSpec
 from .param_spec import is_finite
 from .patterns import check_pattern, occurs
 
-T = TypeVar("T")
 _DTYPES = (*HALF, torch.float32, torch.float64)  # torch has no arithmetic in narrower ones
 
 
@@ -138,7 +137,8 @@ class Variant:
     def _make_pairs(self, name: str, valid: Callable[[object], bool], values: str) -> None:
         """Check a field that maps regular expressions to valid values, and turn it into a tuple of pairs."""
         patterns = getattr(self, name)
-        entries: list[Any] = list(pairs(patterns)) if isinstance(patterns, Iterable) else [None]
+        given = patterns.items() if isinstance(patterns, Mapping) else patterns
+        entries: list[Any] = list(given) if isinstance(given, Iterable) else [None]
         well_formed = all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in entries)
         self._require(
             well_formed and all(valid(value) for _, value in entries),
@@ -172,15 +172,12 @@ class Variant:
         try:
             check_pattern(pattern)
         except ValueError as error:
-            raise ConfigError(f"{self._name()}: {error}.") from error
-
-    def _name(self) -> str:
-        return type(self).__name__
+            raise ConfigError(f"{type(self).__name__}: {error}.") from error
 
     def _require(self, condition: bool, message: str) -> None:
         """Raise `ConfigError` with `message` unless `condition` holds."""
         if not condition:
-            raise ConfigError(f"{self._name()}: {message}.")
+            raise ConfigError(f"{type(self).__name__}: {message}.")
 
     # A variant defines these.
 
@@ -287,12 +284,12 @@ class Variant:
 
     def selects(self, site: Site) -> bool:
         """Return whether the config's targets include `site`."""
-        if site.kind.name not in self.target_kinds or _matches(self.exclude_names, site.name):
+        if site.kind.name not in self.target_kinds or occurs(as_tuple(self.exclude_names), site.name):
             return False
         if self.layers is not None and site.layer not in as_tuple(self.layers):
             return False
         named = self.target_names is not None
-        if named and not _matches(self.target_names, site.name):
+        if named and not occurs(as_tuple(self.target_names), site.name):
             return False
         roles = self.target_roles
         if roles is None:
@@ -303,10 +300,6 @@ class Variant:
         if "head" in site.roles and "head" not in wanted and not named:
             return False
         return bool(wanted & site.roles)
-
-
-def _matches(patterns: str | Sequence[str] | None, name: str) -> bool:
-    return occurs(as_tuple(patterns), name)
 
 
 def _without_lists(value: Any) -> Any:
@@ -324,8 +317,3 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, (str, int)) else tuple(value)
-
-
-def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
-    """Return the entries of a pattern field, as it was given or as the config keeps it."""
-    return patterns.items() if isinstance(patterns, Mapping) else patterns

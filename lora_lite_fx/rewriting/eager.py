@@ -150,8 +150,7 @@ def _add(
         module._dim_of_rows()
     weight = module.site.kind.matrix(module.frozen_weight().detach())
     placement.register(wrapped, module.site, weight)
-    slots = placement.local.slots
-    module.add(placement, wrapped, rehearse(placement.local, site.with_bank(slots) if slots else site, gm))
+    module.add(placement, wrapped, rehearse(placement.local, site, gm))
     return weight
 
 

@@ -151,9 +151,8 @@ def insert_new(gm: fx.GraphModule, new_adapters: Sequence[NewAdapter], stackleve
 def _beneath(gm: fx.GraphModule, site: Site, placement: Placement, present: Iterable[Placement]) -> FrozenSite:
     """Return the weight and the bias of `site` that `placement` reads, around the adapters that are `present`."""
     frozen = FrozenSite(site, stored_weight(gm, site), stored_bias(gm, site))
-    slots = placement.local.slots
     below = [each for each in present if each.site == site.name]
-    if not below or not rehearse(placement.local, site.with_bank(slots) if slots else site, gm).tensors:
+    if not below or not rehearse(placement.local, site, gm).tensors:
         return frozen
     for each in below:
         replaces = not each.local.slots and rehearse(each.local, site, gm).replaces

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..adapters.placement import adapter_tensor_names
 from ..errors import AdapterError
@@ -17,6 +17,27 @@ from ..graph.sharded import is_dtensor
 from ..graph.tensors import tensor_of
 
 _COMPARED = 64  # values of a tensor that are compared one by one
+
+
+def mesh_for(model: nn.Module, mesh: DeviceMesh | None, call: str) -> DeviceMesh:
+    """Return the mesh that is given; else one of all processes, on the device of the model.
+
+    Args:
+        model: the model.
+        mesh: the mesh; None for all processes.
+        call: the function that asks, for the message.
+
+    Raises:
+        AdapterError: processes are not set up.
+    """
+    if not dist.is_initialized():
+        raise AdapterError(
+            f"{call}: there are no processes to divide the model among. The way out: start the script by torchrun"
+            " --nproc-per-node N, and call torch.distributed.init_process_group() in it."
+        )
+    if mesh is not None:
+        return mesh
+    return init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
 
 
 def agree(model: nn.Module, mesh: DeviceMesh, problem: str, call: str) -> None:

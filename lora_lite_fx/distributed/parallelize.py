@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..adapters.placement import graph_of, placements
 from ..adapters.state import adapter_tensors
@@ -26,7 +25,7 @@ from ..graph.tensors import register_tensor, tensor_of
 from ..passes import GraphPass, Pipeline, RecomputeInputs
 from ..sites.finding import find_sites
 from ..sites.site import Site
-from .agreement import agree, broadcast_adapters
+from .agreement import agree, broadcast_adapters, mesh_for
 from .units import RunsGraphs, graphs_of
 
 if TYPE_CHECKING:
@@ -75,13 +74,7 @@ def parallelize(
     graphs = graphs_of(model)
     if not graphs:
         raise AdapterError(f"parallelize takes what rewrite, load or adapt returned, not {shown(model)}.")
-    if not dist.is_initialized():
-        raise AdapterError(
-            "parallelize: there are no processes to divide the model among. The way out: start the script by torchrun"
-            " --nproc-per-node N, and call torch.distributed.init_process_group() in it."
-        )
-    if mesh is None:
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    mesh = mesh_for(model, mesh, "parallelize")
     problem = _problem_of(model, graphs, mesh)
     graph = graph_of(model)
     assert isinstance(graph, fx.GraphModule)

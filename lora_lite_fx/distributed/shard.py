@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..adapters.state import adapter_tensors
-from ..errors import AdapterError
-from .agreement import agree, broadcast_adapters
+from .agreement import agree, broadcast_adapters, mesh_for
 from .units import RunsGraphs, Unit, problem_of, units_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,14 +44,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
         TypeError: `fully_shard` has no such option.
     """
     adapter_tensors(model)  # refuses a model without adapters, and says what to pass instead
-    if not dist.is_initialized():
-        raise AdapterError(
-            "shard: there are no processes to divide the model among. The way out: start the script by torchrun"
-            " --nproc-per-node N, and call torch.distributed.init_process_group() in it."
-        )
-    if mesh is None:
-        device = next(model.parameters()).device.type
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = mesh_for(model, mesh, "shard")
     units = units_of(model, options.get("ignored_params") or ())
     agree(model, mesh, _problem_of_mesh(mesh) or problem_of(model, units, options), "shard")
     broadcast_adapters(model, mesh)

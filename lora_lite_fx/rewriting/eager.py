@@ -24,7 +24,7 @@ from ..graph.writes import own_buffers, written_buffers
 from ..sites.batch.batch_dimension import batch_dim, follow_rows
 from ..sites.batch.follow_rows import RowFlow
 from ..sites.computed import frozen_values
-from ..sites.dataflow import SIZES, op_name
+from ..sites.dataflow import nodes_with_data, op_name
 from ..sites.finding import find_sites
 from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
@@ -193,13 +193,9 @@ def _is_all(site: Site) -> bool:
     """Return whether the modules called like `site` compute nothing from data but its calls, adapters left out."""
     graph = site.calls[0].node.graph
     own = {node for call in site.calls for node in span(call.x, call.y)} | frozen_values(graph)
-    data: set[fx.Node] = set()  # what depends on inputs, and not on their sizes alone
-    for node in graph.nodes:
-        if node.op == "placeholder" or (op_name(node) not in SIZES and not data.isdisjoint(node.all_input_nodes)):
-            data.add(node)
     others = (
         node
-        for node in data - own
+        for node in nodes_with_data(graph) - own
         if node.op != "placeholder" and node.users and op_name(node) not in _ROWS and not is_inserted(node)
     )
     return all(inner_name(node) != site.name for node in others)

@@ -73,6 +73,15 @@ def op_name(node: fx.Node) -> str:
     return name.lower()
 
 
+def nodes_with_data(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose values depend on the inputs of a graph, and not on their sizes alone."""
+    data: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (op_name(node) not in SIZES and not data.isdisjoint(node.all_input_nodes)):
+            data.add(node)
+    return data
+
+
 @dataclass
 class LinearNode:
     """A linear in the graph as role inference sees it.
@@ -101,6 +110,7 @@ class Dataflow:
 
     Attributes:
         ops: the plain name of every node.
+        data: the nodes with data, see `nodes_with_data`.
         by_y: the linear with this output node.
         by_x: the linears with this input node.
         written: the nodes that are copied into a tensor, or into a view of it, after it was made.
@@ -116,6 +126,7 @@ class Dataflow:
         for linear in linears:
             self.by_x[linear.x].append(linear)
         self.ops = {node: op_name(node) for node in graph.nodes}
+        self.data = nodes_with_data(graph)
         self.written = self._written()
         self.joins = self._residual_joins()
         self.skips = set(self.joins.values())
@@ -146,15 +157,6 @@ class Dataflow:
         """Return the linears that read `node` or nodes that carry it forward, up to linears and residual joins."""
         carried = (n for n in self.ahead(node) if n is node or (self.ops[n] in CARRY and n not in self.joins))
         return [linear for n in carried if n is node or n not in self.by_y for linear in self.by_x.get(n, ())]
-
-    def data(self) -> set[fx.Node]:
-        """Return the nodes whose values depend on the model's inputs, and not on their sizes alone."""
-        data: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            reads_data = self.ops[node] not in SIZES and not data.isdisjoint(node.all_input_nodes)
-            if node.op == "placeholder" or reads_data:
-                data.add(node)
-        return data
 
     def _written(self) -> dict[fx.Node, list[fx.Node]]:
         """Return the nodes that are copied into a tensor, or into a view of it, after it was made."""

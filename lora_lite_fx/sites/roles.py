@@ -96,7 +96,6 @@ def _give_stream_roles(flow: Dataflow) -> None:
 
 def _give_feed_forward_roles(flow: Dataflow) -> None:
     """Give the roles gate, up and down."""
-    data = flow.data()
     for down in flow.linears:
         if "writer" not in down.reasons or "output" in down.reasons:
             continue
@@ -107,7 +106,7 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
             if flow.ops[node] in ACTIVATIONS and node not in flow.by_y:
                 activated += flow.sources(node, CARRY | ACTIVATIONS)
         # A block whose input comes from another operation on data, such as a recurrence, is not a feed-forward block.
-        ends = (n for n in between if n in data and n not in flow.by_y and flow.ops[n] not in CARRY | ACTIVATIONS)
+        ends = (n for n in between if n in flow.data and n not in flow.by_y and flow.ops[n] not in CARRY | ACTIVATIONS)
         if not activated or any(True for _ in ends):
             continue
         plain = [linear for linear in flow.sources(down.x) if all(linear is not other for other in activated)]
@@ -127,7 +126,6 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
 
 def _give_router_role(flow: Dataflow) -> None:
     """Give the role router to linears whose largest outputs choose which way their input takes."""
-    data = flow.data()
     for topk in flow.graph.nodes:
         if flow.ops[topk] != "topk":
             continue
@@ -137,7 +135,7 @@ def _give_router_role(flow: Dataflow) -> None:
         meets = {n for operand in operands for n in flow.behind(operand)}
         # Reshapes do not count here, because they could make tokens compete instead of outputs.
         for linear in flow.sources(topk.args[0], CASTS | ARITHMETIC | ACTIVATIONS | SOFTMAXES):
-            if any(n in meets for n in data.intersection(flow.behind(linear.x))):
+            if any(n in meets for n in flow.data.intersection(flow.behind(linear.x))):
                 linear.give("router", f"{topk.name} chooses by its output where its input goes")
 
 

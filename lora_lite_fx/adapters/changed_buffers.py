@@ -42,14 +42,8 @@ def moved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
     Buffers that are not persistent are left out, because the model itself says that its state does not hold them.
     """
-    moved: dict[str, Tensor] = {}
-    for name, base in base_buffers_of(model).items():
-        if has_attribute(model, name):  # a stage of a pipeline has its own alone
-            path, _, leaf = name.rpartition(".")
-            now = whole(tensor_of(model, name).detach())
-            if is_persistent(model.get_submodule(path), leaf) and not _is_same(now, base):
-                moved[name] = now
-    return moved
+    names = (name for name in base_buffers_of(model) if has_attribute(model, name))  # a stage of a pipeline has its own
+    return moved_from_base(model, {name: whole(tensor_of(model, name).detach()) for name in names})
 
 
 def moved_from_base(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from ..graph.insertion import DEFAULT, SHARED
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
 from .factors import Factors
+from .reconfigure import PLACE_FIELDS
 from .rewrite import insert_placed, without_adapters
 from .sums import change_of, graph_with_adapters
 from .swap import write_into_room
@@ -202,11 +203,8 @@ def _is_scaled(source: nn.Module) -> bool:
     return by_name is not None and any(coefficient != 1 for coefficient in by_name.values())
 
 
-_WHERE = {"dtype", "target_roles", "target_names", "exclude_names", "layers", "target_kinds", "slots"}
-"""The fields of a config that say where adapters are and how they are stored, and not what they compute."""
-
-
 def _maths(variant: Variant) -> tuple[type, Mapping[str, Any]]:
+    """Return what a config says of what its adapters compute, and not of where they are and how they are stored."""
     fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
-    skipped = {*_WHERE, *(name for name in fields if name.endswith("_pattern"))}
+    skipped = {*PLACE_FIELDS, *(name for name in fields if name.endswith("_pattern"))}
     return type(variant), {name: value for name, value in fields.items() if name not in skipped}

@@ -20,7 +20,7 @@ from ..sites.site import Site
 from .adapted_linear import AdaptedLinear
 from .rewrite import insert_placed, remove
 
-_PLACE = frozenset(field.name for field in dataclasses.fields(Variant))
+PLACE_FIELDS = frozenset(field.name for field in dataclasses.fields(Variant))
 """The fields that say where adapters are and of which type their tensors are."""
 
 
@@ -106,13 +106,13 @@ def _changed(old: Variant, changes: dict[str, Any]) -> Variant:
     name = type(old).__name__
     fields = {field.name for field in dataclasses.fields(old)}
     for field in changes:
-        if field in _PLACE:
+        if field in PLACE_FIELDS:
             raise ConfigError(
                 f"{name}: {field} says where an adapter is or of which type, and its tensors are there already. The"
                 " way out: rewrite(remove(model), cfg) makes a new adapter."
             )
         if field not in fields:
-            raise ConfigError(f"{name} has no field {field!r}; it has {', '.join(sorted(fields - _PLACE))}.")
+            raise ConfigError(f"{name} has no field {field!r}; it has {', '.join(sorted(fields - PLACE_FIELDS))}.")
     if not changes:
         raise ConfigError("reconfigure takes the fields to change: reconfigure(model, alpha=32).")
     return replace(old, **changes)

@@ -66,14 +66,15 @@ def wrap(
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     new_adapters = choose_sites(gm, adapters, calibration)
-    wrapped, flow = _copy(model, gm), _flow(gm)
+    copied = _Copy(model, gm)
+    wrapped = copied.model
     warn_of_moving_buffers(wrapped, stacklevel=3)
     for adapter, new_adapter in enumerate(new_adapters):
         for site in new_adapter.sites:
-            module = _adapted(wrapped, site)
+            module = copied.wrapper_of(site)
             inner = [each.adapter_name for each in module.placements]
             placement = Placement.of(new_adapter.variant, adapter, site, inner, new_adapter.adapter_name)
-            weight = _add(module, placement, wrapped, site, gm, flow)
+            weight = copied.add(module, placement, site)
             bias = site.own_bias(module.frozen_bias())
             observed, tensors = new_adapter.statistics.get(site.name), placement.namespace(wrapped)
             initialize(placement.local, site, weight, tensors, observed, bias)
@@ -92,14 +93,15 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         ConfigError: a site is not a module of its own.
     """
     sites = {site.name: site for site in find_sites(gm)}
-    wrapped, flow = _copy(model, gm), _flow(gm)
+    copied = _Copy(model, gm)
     modules = dict(model.named_modules())
     for placement in placements(gm):
         site = sites.get(placement.site)
         if site is None or placement.site.partition(".sites.")[0] not in modules:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
-        _add(_adapted(wrapped, site), placement, wrapped, site, gm, flow)
+        copied.add(copied.wrapper_of(site), placement, site)
+    wrapped = copied.model
     load_adapter_values(wrapped, adapter_values(gm))
     put_buffers(wrapped, moved_buffers(gm))
     if isinstance(gm, AdaptedGraphModule):
@@ -107,67 +109,85 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
-    """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
-    copied: nn.Module = shared_copy(model)
-    leave_out_clamps(copied)
-    buffers = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
-    base = {name: buffers[name] for name in written_buffers(gm) if name in buffers}
-    own_buffers(copied, base)
-    vars(copied)["base_buffers"] = base
-    vars(copied)["switches"] = Switches()
-    return copied
+_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
-def _flow(gm: fx.GraphModule) -> RowFlow | str:
-    """Return where the rows of the batch are in the graph of a model, or why that cannot be told."""
-    try:
-        return follow_rows(gm.graph)
-    except AdapterError as error:
-        return str(error)
-
-
-def _add(
-    module: AdaptedLinear,
-    placement: Placement,
-    wrapped: nn.Module,
-    site: Site,
-    gm: fx.GraphModule,
-    flow: RowFlow | str,
-) -> Tensor:
-    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there.
+class _Copy:
+    """A copy of a model over the same weights, whose modules get adapters.
 
     Args:
-        module: the wrapper.
-        placement: the adapter.
-        wrapped: the model that gets its tensors.
-        site: its site in `gm`.
-        gm: the graph of the model.
-        flow: the rows of the batch in `gm`, or why they cannot be told.
+        model: the model, which is not changed.
+        gm: its graph, which has the sites. The copy has buffers of its own where the graph writes to them.
     """
-    module.batch = _rows(flow, site)
-    if placement.local.slots:
-        module._dim_of_rows()
-    weight = module.site.kind.matrix(module.frozen_weight().detach())
-    placement.register(wrapped, module.site, weight)
-    module.add(placement, wrapped, rehearse(placement.local, site, gm))
-    return weight
 
+    def __init__(self, model: nn.Module, gm: fx.GraphModule) -> None:
+        self.model: nn.Module = shared_copy(model)
+        self._gm = gm
+        leave_out_clamps(self.model)
+        # A constant that was lifted into the graph is not among the buffers of the model.
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        base = {name: buffers[name] for name in written_buffers(gm) if name in buffers}
+        own_buffers(self.model, base)
+        vars(self.model)["base_buffers"] = base
+        vars(self.model)["switches"] = Switches()
+        self._flow: RowFlow | str  # where the rows of the batch are in the graph, or why that cannot be told
+        try:
+            self._flow = follow_rows(gm.graph)
+        except AdapterError as error:
+            self._flow = str(error)
 
-def _rows(flow: RowFlow | str, site: Site) -> int | str:
-    """Return the dimension that counts the rows of the batch in all calls of a site, or why it cannot be told."""
-    if isinstance(flow, str):
-        return flow
-    try:
-        dims = {batch_dim(flow, call.y, site.name) for call in site.calls}
-    except AdapterError as error:
-        return str(error)
-    if len(dims) == 1:
-        return dims.pop()
-    return (
-        f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank, or coefficients of"
-        " rows, cannot be wrapped eagerly there; rewrite can adapt it."
-    )
+    def add(self, module: AdaptedLinear, placement: Placement, site: Site) -> Tensor:
+        """Add an adapter, whose tensors are not filled yet, to the wrapper of a site. Return the frozen weight."""
+        module.batch = self._rows(site)
+        if placement.local.slots:
+            module._dim_of_rows()
+        weight = module.site.kind.matrix(module.frozen_weight().detach())
+        placement.register(self.model, module.site, weight)
+        module.add(placement, self.model, rehearse(placement.local, site, self._gm))
+        return weight
+
+    def wrapper_of(self, site: Site) -> AdaptedLinear:
+        """Return the wrapper of the module that is `site`; put it in the place of the module if it is new.
+
+        Raises:
+            ConfigError: the site is not a module that can be wrapped.
+        """
+        replaced_only = site.kind.replaced_only  # whatever else the module computes
+        computed = site.computed_weight is not None or site.computed_bias is not None
+        module = self.model.get_submodule(site.name) if is_called(self.model, site) else None
+        if isinstance(module, AdaptedLinear):
+            return module
+        if not (replaced_only or isinstance(module, DequantizedLinear) or _is_all(site)):
+            module = None
+        simple = module is not None and (
+            site.kind.vector_dims > 0
+            or (replaced_only and not computed)  # which the module would compute again
+            or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
+        )
+        named = site.computed_weight is not None or isinstance(getattr(module, "weight", None), Tensor)
+        if module is None or not named or site.experts or not simple:
+            raise ConfigError(
+                f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped"
+                " eagerly; rewrite can adapt it."
+            )
+        wrapper = AdaptedLinear(module, site)
+        replace_modules(self.model, {module: wrapper})
+        return wrapper
+
+    def _rows(self, site: Site) -> int | str:
+        """Return the dimension that counts the rows of the batch in all calls of a site, or why it cannot be told."""
+        if isinstance(self._flow, str):
+            return self._flow
+        try:
+            dims = {batch_dim(self._flow, call.y, site.name) for call in site.calls}
+        except AdapterError as error:
+            return str(error)
+        if len(dims) == 1:
+            return dims.pop()
+        return (
+            f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank, or coefficients of"
+            " rows, cannot be wrapped eagerly there; rewrite can adapt it."
+        )
 
 
 def _source_of(graph: fx.GraphModule) -> nn.Module:
@@ -199,35 +219,3 @@ def _is_all(site: Site) -> bool:
         if node.op != "placeholder" and node.users and op_name(node) not in _ROWS and not is_inserted(node)
     )
     return all(inner_name(node) != site.name for node in others)
-
-
-_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-
-def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
-    """Return the wrapper of the module that is `site`; put it in the place of the module if it is new.
-
-    Raises:
-        ConfigError: the site is not a module that can be wrapped.
-    """
-    replaced_only = site.kind.replaced_only  # whatever else the module computes
-    computed = site.computed_weight is not None or site.computed_bias is not None
-    module = model.get_submodule(site.name) if is_called(model, site) else None
-    if isinstance(module, AdaptedLinear):
-        return module
-    if not (replaced_only or isinstance(module, DequantizedLinear) or _is_all(site)):
-        module = None
-    simple = module is not None and (
-        site.kind.vector_dims > 0
-        or (replaced_only and not computed)  # which the module would compute again
-        or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
-    )
-    named = site.computed_weight is not None or isinstance(getattr(module, "weight", None), Tensor)
-    if module is None or not named or site.experts or not simple:
-        raise ConfigError(
-            f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped eagerly;"
-            " rewrite can adapt it."
-        )
-    wrapper = AdaptedLinear(module, site)
-    replace_modules(model, {module: wrapper})
-    return wrapper

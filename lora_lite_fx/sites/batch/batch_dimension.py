@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...errors import AdapterError
 from ...graph.queries import line_of
 from .follow_rows import ROWS_LOST, RowFlow
-from .row_states import Lost, Rows
+from .operator_rules import Lost, Rows
 
 
 def batch_sizes(graph: fx.Graph) -> dict[str, torch.SymInt]:

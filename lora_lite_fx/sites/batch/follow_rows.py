@@ -27,8 +27,7 @@ from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ...graph.tensors import attribute_of
 from ...graph.writes import may_return_a_view, written_operands
 from .operator_classes import SHAPE_OF_OTHER, STATISTICS, plain_name
-from .operator_rules import RowRules, lost
-from .row_states import BATCH, Lost, Rows, State
+from .operator_rules import BATCH, Lost, RowRules, Rows, State, lost
 
 ROWS_LOST = "lora_lite_fx_rows_lost"
 """The key of what loses the rows before an input of a graph, in the meta of the input."""

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from ..errors import AdapterError, ConfigError
 from ..graph.tensors import has_values
 from ..sites.site import Site
-from .adapter_tensors import AdapterTensors
 from .dependencies import Dependencies
 from .frozen_linear import FrozenLinear
 from .maths import cast, wide
+from .param_spec import AdapterTensors
 from .promotion import call_forward
 from .variant import Variant
 

@@ -18,9 +18,9 @@ from ..capture.function_tracing.rehearsal import Refused
 from ..compat.torch import version_of
 from ..errors import shown
 from ..sites.site import Site
-from .adapter_tensors import AdapterTensors
 from .dependencies import Dependencies
 from .frozen_site import FrozenSite
+from .param_spec import AdapterTensors
 from .variant import Variant
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..capture.function_tracing.rehearsal import Refused
 from ..graph.insertion import SHARED
 from ..sites.site import Site
-from .adapter_tensors import AdapterTensors
 from .bank import check_coefficients
 from .beneath import tensors_with
 from .dependencies import Dependencies
 from .frozen_linear import FrozenLinear
+from .param_spec import AdapterTensors
 from .promotion import call_forward, not_innermost
 from .variant import Variant
 

@@ -20,8 +20,8 @@ from ..errors import AdapterError, ConfigError
 from ..graph.insertion import DEFAULT, SHARED, Insertion, insertions, qualified_names
 from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
-from .adapter_tensors import AdapterTensors
 from .naming import described
+from .param_spec import AdapterTensors
 from .registry import recorded_variant
 from .start_values import fill, initialize_shared
 from .variant import Variant

@@ -16,11 +16,10 @@ from ..errors import ConfigError, shown
 from ..graph.insertion import SHARED
 from ..graph.tensors import has_values
 from ..sites.site import Site
-from .adapter_tensors import one_of
 from .calibration_data import Statistic
 from .maths import wide
 from .naming import described, naming
-from .param_spec import ParamSpec
+from .param_spec import ParamSpec, one_of
 from .variant import Variant
 
 

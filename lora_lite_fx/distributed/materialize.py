@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from ..adapters.adapter_tensors import AdapterTensors
+from ..adapters.param_spec import AdapterTensors
 from ..adapters.placement import adapter_tensor_names, placements, site_bias, site_weight
 from ..adapters.start_values import fill, initialize, initialize_shared
 from ..adapters.state import adapter_tensors

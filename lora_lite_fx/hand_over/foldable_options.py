@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.adapter_tensors import AdapterTensors
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithDropout, WithRank, WithScale, WithUpdateDropout
+from ..adapters.param_spec import AdapterTensors
 from ..adapters.registry import to_config
 from ..adapters.variant import Variant
 from ..errors import ConfigError

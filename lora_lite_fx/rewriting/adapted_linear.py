@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ..adapters.adapter_tensors import AdapterTensors
 from ..adapters.bank import check_rows, check_slots, ids_of
 from ..adapters.beneath import is_beneath, require_tensors, rows_of_replaced
 from ..adapters.dependencies import Dependencies
 from ..adapters.frozen_site import FrozenSite
+from ..adapters.param_spec import AdapterTensors
 from ..adapters.placement import Placement
 from ..adapters.switches import Switches
 from ..compat.torch_modules import MODULES

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.adapter_tensors import one_of
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
+from ..adapters.param_spec import one_of
 from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.slot_optimizer import bank_placements
 from ..adapters.start_values import initialize

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...adapters.adapter_tensors import AdapterTensors
 from ...adapters.frozen_linear import FrozenLinear
+from ...adapters.param_spec import AdapterTensors
 from ...adapters.promotion import call_forward
 from ...adapters.variant import Variant
 from ...errors import AdapterError

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
-from ...adapters.adapter_tensors import one_of
 from ...adapters.beneath import is_beneath, tensors_with
 from ...adapters.contract import rehearse
 from ...adapters.dependencies import Dependencies
 from ...adapters.frozen_linear import FrozenLinear
+from ...adapters.param_spec import one_of
 from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
 from ...adapters.variant import Variant
 from ...errors import AdapterError

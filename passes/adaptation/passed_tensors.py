@@ -9,11 +9,11 @@ from typing import cast
 
 from torch import Tensor, fx
 
-from ...adapters.adapter_tensors import AdapterTensors
 from ...adapters.beneath import is_beneath, require_tensors
 from ...adapters.dependencies import Dependencies, Remembered
 from ...adapters.frozen_site import FrozenSite
 from ...adapters.naming import naming
+from ...adapters.param_spec import AdapterTensors
 from ...adapters.placement import Placement
 from ...capture.function_tracing.trace import fake_like, fake_of, trace
 from ...graph.insertion import PASSED, Insertion

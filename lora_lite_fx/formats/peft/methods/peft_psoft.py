@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ....adapters.adapter_tensors import AdapterTensors
+from ....adapters.param_spec import AdapterTensors
 from ....adapters.placement import Placement
 from ....adapters.variant import Variant
 from ....errors import ConfigError

@@ -164,6 +164,15 @@ class HasGraphs(Protocol):
         """Return a copy of the module over the same tensors, with these configs at its places."""
         ...
 
+    def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Any) -> None:
+        """Add new adapters to all graphs, with the calibration data of `add`."""
+
+    def insert_from(self, loaded: fx.GraphModule, name: str) -> None:
+        """Insert the one adapter of another graph of the model into all graphs, with its tensors, under a name."""
+
+    def delete_from_graphs(self, names: Sequence[str]) -> None:
+        """Delete adapters from all graphs."""
+
 
 def copy_over_tensors(model: nn.Module) -> Any:
     """Return a copy of a model over the same parameters and buffers, the same objects."""

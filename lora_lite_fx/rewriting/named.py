@@ -9,12 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor, fx, nn
 
 from ..adapters.named_configs import as_adapters, check_free
-from ..adapters.placement import Placement, adapter_names, adapter_tensor_names, next_index, placements
+from ..adapters.placement import HasGraphs, Placement, adapter_names, adapter_tensor_names, next_index, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
 from ..adapters.variant import Variant
@@ -27,20 +26,6 @@ from ..passes import Pipeline, RemoveAdapters
 from .adapted_linear import AdaptedLinear
 from .choose_sites import Batches, check_calibration, choose_sites
 from .rewrite import insert_new, insert_placed
-
-
-@runtime_checkable
-class ChangesGraphs(Protocol):
-    """A module that runs graphs without being one, and changes the adapters in all of them."""
-
-    def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
-        """Add new adapters to all graphs."""
-
-    def insert_from(self, loaded: fx.GraphModule, name: str) -> None:
-        """Insert the one adapter of another graph of the model, with its tensors, under a name."""
-
-    def delete_from_graphs(self, names: Sequence[str]) -> None:
-        """Delete adapters from all graphs."""
 
 
 @outside_inference_mode()
@@ -67,14 +52,14 @@ def add(
     chosen = as_adapters(adapters)
     check_calibration(calibration)
     check_free(adapters, adapter_names(model) if isinstance(model, nn.Module) else [])
-    if not isinstance(model, (ChangesGraphs, AdaptedGraphModule)):
+    if not isinstance(model, (HasGraphs, AdaptedGraphModule)):
         raise AdapterError(
             f"add takes a graph or a model that rewrite, load, capture or adapt returned, not {shown(model)}. The way"
             " out: give wrap or backend all adapters at once, by name."
         )
     refuse_sharded(model, "add cannot change a model", "add all adapters before fully_shard")
     acting = acting_now(model)
-    if isinstance(model, ChangesGraphs):
+    if isinstance(model, HasGraphs):
         model.add_to_graphs(chosen, calibration)
     else:
         draft = draft_of(model)
@@ -103,7 +88,7 @@ def delete(model: nn.Module, names: str | Sequence[str]) -> None:
     left = [name for name in adapter_names(model) if name not in gone]
     if not left:
         raise ConfigError("No adapter would be left. The way out: remove(model) returns the model without adapters.")
-    if isinstance(model, ChangesGraphs):
+    if isinstance(model, HasGraphs):
         model.delete_from_graphs(gone)
     elif isinstance(model, AdaptedGraphModule):
         draft = draft_of(model)
@@ -182,7 +167,7 @@ def insert_from(model: nn.Module, loaded: fx.GraphModule, name: str) -> None:
         loaded, name: as for `as_named`.
     """
     acting = acting_now(model)
-    if isinstance(model, ChangesGraphs):
+    if isinstance(model, HasGraphs):
         model.insert_from(loaded, name)
     else:
         assert isinstance(model, AdaptedGraphModule)

@@ -108,12 +108,8 @@ def _why_lost(site: Site | None, around: Sequence[Insertion]) -> str:
 def _read_otherwise(computed: fx.Node, around: Sequence[Insertion]) -> str:
     """Return the name of a frozen tensor that an adapter does not read as the product does; empty if there is none.
 
-    An adapter at a computed weight has a copy of the computation. It has none if another pass has put the computation
-    between the weight and the product afterwards: then merging would give it another weight than it has in the graph.
-
-    Args:
-        computed: the node that is the weight or bias of the product.
-        around: the adapters at the product.
+    An adapter at a weight or bias that is `computed` has a copy of the computation. It has none if another pass has put
+    the computation there afterwards: then merging would give it another weight than it has in the graph.
     """
     tensors = Computation.of(computed).tensors
     for insertion in around:

@@ -124,11 +124,7 @@ def _with_ties(gm: fx.GraphModule, sites: list[Site]) -> list[Site]:
 
 
 def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
-    """Return a qualified name for each site, all different.
-
-    Args:
-        groups: the calls of each site.
-    """
+    """Return a qualified name for each site, of which `groups` has the calls. All are different."""
     among = Counter((name, kind.has_roles) for name, _, kind, _ in groups)
     names = {}
     for key in groups:

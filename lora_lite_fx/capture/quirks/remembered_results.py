@@ -20,6 +20,7 @@ from torch import SymBool, SymFloat, SymInt, nn
 from ...compat.torch import FakeTensor, FunctionalTensor
 from ...compat.torch_modules import children_of
 from ..process_state.python_state import PythonState
+from ..shared_copy import contents_of
 from .quirk import Call, Quirk, always, files_of
 
 
@@ -71,20 +72,12 @@ def _remembering(files: Iterable[ModuleType]) -> Iterator[Any]:
             function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             # A decorator may hold the function that remembers.
             cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
-            for held in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):
+            for held in (function, *(each for cell in cells for each in contents_of(cell))):
                 if isinstance(held, _REMEMBERS):
                     yield held
 
 
 _REMEMBERS = type(functools.lru_cache(lambda: None))
-
-
-def _has_contents(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:  # not bound yet
-        return False
-    return True
 
 
 QUIRK = Quirk(always, forgetting)

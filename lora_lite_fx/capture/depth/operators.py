@@ -22,7 +22,7 @@ from ...compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disab
 from ...graph.calls_and_traces import tracing
 from ...graph.copies import share_signatures
 from ..autograd_functions import telling_functions
-from ..without_data import without_data
+from ..quirks.all_quirks import without_data
 from .dropouts import Dropout, WithoutDropouts
 from .program import NotRepeated, Part, Read, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals

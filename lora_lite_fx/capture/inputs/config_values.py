@@ -14,7 +14,7 @@ from ...compat.torch import DataDependentOutputException, DynamicOutputShapeExce
 from ...compat.torch_modules import buffers_of
 from ...graph.modes import in_mode
 from ..forward_signature import signature_of
-from ..without_data import without_data
+from ..quirks.all_quirks import without_data
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 BATCH, SEQUENCE, CHOICES = 3, 7, 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...compat.torch import FakeTensorMode
 from ..forward_signature import signature_of
-from ..without_data import without_data
+from ..quirks.all_quirks import without_data
 from .origin import PlainModule
 
 

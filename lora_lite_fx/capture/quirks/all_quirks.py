@@ -1,4 +1,4 @@
-"""The list of quirks, and what a capture enters of it."""
+"""The list of quirks, and what a trace or a run without data enters of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import fx, nn
 
+from ...compat.torch import FakeTensorMode
+from ..quiet_torch import failures_unlogged
 from . import (
     autocast_regions,
     checks_of_distributions,
@@ -58,3 +60,18 @@ def entered(quirks: Sequence[Quirk], model: nn.Module, call: Call) -> Iterator[C
                     quirk.check(context, gm)
 
         yield check
+
+
+@contextmanager
+def without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Let calls of `model` in the body compute on tensors without data, and leave nothing of them behind.
+
+    What it remembers of them is forgotten, its deep copies are clones, and torch logs no operator that fails.
+
+    Args:
+        model: any.
+        mode: makes the tensors without data. With a `ShapeEnv`, sizes that follow from values are symbols; without, an
+            operator with such sizes raises.
+    """
+    with failures_unlogged(), mode, entered(OF_RUNS, model, ((), {})):
+        yield

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import AdapterNames, Placement, placements
 from ..adapters.switches import Switches
-from ..capture.process_state.default_dtype import other_default_dtype
+from ..capture.process_state.held_answers import other_default_dtype
 from ..compat.torch import constant_when_compiled
 from ..errors import AdapterError, CallError
 from ..graph.layers import A_LAYER, pieces_of, require_layers

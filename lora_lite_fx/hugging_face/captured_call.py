@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.process_state.default_dtype import other_default_dtype
-from ..capture.process_state.held_answers import HeldAnswer, other_than_held
+from ..capture.process_state.held_answers import HeldAnswer, other_default_dtype, other_than_held
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from .caches import cut_windows
 from .call_structure import Leaves, Structure, Tree, assemble, differences, disassemble, restore

@@ -19,7 +19,7 @@ from ..capture.graph_calls import call_like_the_model
 from ..capture.origins.hooks import check_hooks
 from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..capture.origins.wrong_arguments import check_model
-from ..capture.process_state.default_dtype import default_dtype_of
+from ..capture.process_state.held_answers import default_dtype_of
 from ..capture.process_state.python_state import state_put_back
 from ..errors import CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule

@@ -19,9 +19,8 @@ from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
 from ..refusal import refusal
-from .asked_types import PLAIN, AskedTypes
 from .attention_module import attend, attend_in_function, is_attention
-from .proxies import Proxy
+from .proxies import PLAIN, AskedTypes, Proxy
 from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 
 aten = torch.ops.aten

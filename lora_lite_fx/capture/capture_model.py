@@ -27,8 +27,7 @@ from .export import export
 from .forward_signature import name_arguments, signature_of
 from .inputs.example_inputs import warn_of
 from .omissions import call_signature
-from .origins.origin import DiffusersModel, ModelReference, PlainModule, is_diffusers, is_hugging_face
-from .origins.timm_model import TimmModel
+from .origins.origin import DiffusersModel, ModelReference, PlainModule, TimmModel, is_diffusers, is_hugging_face
 from .origins.transformers_model import TransformersModel
 from .origins.wrong_arguments import check_inputs
 from .outputs import Call

@@ -11,13 +11,15 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...errors import CaptureError
-from .config_values import BATCH, SEQUENCE, Inputs, Values
+from .config_values import BATCH, CHOICES, SEQUENCE, Inputs, Values
 from .images import IMAGES, images, takes_images
 from .labels import completed
 from .other_media import SOUNDS, VIDEO, other_media, sounds, sounds_of_a_codec, takes_sound, videos
 from .parts import with_parts
-from .text import forms_of_text, takes_text, text
 
 _KNOWN = {*IMAGES, *SOUNDS, VIDEO, "input_ids", "attention_mask"}
 
@@ -41,7 +43,7 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
     values = Values(model, labels="labels" not in without)
     problems: list[str] = []
     try:
-        for form in _forms_without_images(values) if "images" in without else _forms(values):
+        for form in _forms_of_text(values) if "images" in without else _forms(values):
             if (inputs := _tried(values, form, problems)) is None:
                 continue
             if problems and takes_images(values) and not any(name in inputs for name in IMAGES):
@@ -65,12 +67,12 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
 def _forms(values: Values) -> Iterator[Inputs]:
     """Yield inputs in forms that the model may take, those first that hold most of what it takes."""
     by_name = _required_by_name(values)
-    beside = text(values) if takes_text(values) else {}
+    beside = _text(values) if _takes_text(values) else {}
     for main in images(values) if takes_images(values) else other_media(values):
         yield {**by_name, **beside, **main}
-    yield from ({**by_name, **form} for form in _forms_without_images(values))
+    yield from ({**by_name, **form} for form in _forms_of_text(values))
     if "input_ids" in values.parameters:  # text that is not the main input, or is not enough
-        words = {**by_name, **text(values)}
+        words = {**by_name, **_text(values)}
         yield from ({**words, **sound} for sound in sounds(values))
         if any(name in values.parameters for name in IMAGES):
             yield from ({**words, **image} for image in images(values))
@@ -83,8 +85,53 @@ def _forms(values: Values) -> Iterator[Inputs]:
             yield {**by_name, "encoder_hidden_states": values.noise(BATCH, SEQUENCE, width)}
 
 
-def _forms_without_images(values: Values) -> Iterator[Inputs]:
-    return forms_of_text(values) if takes_text(values) else iter(())
+def _takes_text(values: Values) -> bool:
+    """Tell whether the model computes something of tokens."""
+    if "input_ids" not in values.parameters:
+        return False
+    main = values.model.main_input_name
+    is_main = main == "input_ids" or not {main} & {"inputs", *values.parameters}  # some classes inherit another's
+    return is_main or "input_ids" in values.required or values.model.can_generate()
+
+
+def _text(values: Values) -> Inputs:
+    """Return tokens, with a mask and the tokens of a decoder if the model takes them."""
+    names = ["input_ids", *(name for name in values.required if name.endswith("_input_ids"))]
+    inputs = {name: values.tokens(SEQUENCE) for name in names}
+    if "attention_mask" in values.parameters:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    has_decoder = values.config.is_encoder_decoder and "decoder_input_ids" in values.parameters
+    if has_decoder and "labels" not in values.parameters:
+        inputs["decoder_input_ids"] = values.tokens(SEQUENCE)
+    if "visual_bbox" in values.parameters:
+        inputs["bbox"] = _boxes(values)
+    return inputs
+
+
+def _forms_of_text(values: Values) -> Iterator[Inputs]:
+    """Yield the forms of text alone: a sequence, one for each choice, or several codebooks for each sample."""
+    if not _takes_text(values):
+        return
+    inputs = _text(values)
+    ids = inputs["input_ids"]
+    yield inputs
+    yield {name: tokens[:, None].repeat(1, CHOICES, 1) for name, tokens in inputs.items()}
+    if "bbox" in values.parameters:
+        yield {**inputs, "bbox": _boxes(values)}
+    if "visual_feats" in values.parameters:  # of regions of an image, with their boxes
+        regions = values.noise(BATCH, SEQUENCE, values.field("visual_feat_dim") or 1)
+        yield {**inputs, "visual_feats": regions, "visual_pos": _boxes(values)}
+    if (books := values.field("num_codebooks")) is not None:
+        yield {**inputs, "input_ids": ids.repeat(books, 1)}
+        yield {**inputs, "input_ids": ids[..., None].repeat(1, 1, books + 1)}  # beside a word
+    if (channels := getattr(values.field("decoder_config"), "num_channels", None)) is not None:
+        yield {**inputs, "decoder_input_ids": values.tokens(SEQUENCE)[..., None].repeat(1, 1, channels)}
+
+
+def _boxes(values: Values) -> Tensor:
+    """Return a box around each word, from its upper left to its lower right corner."""
+    corners = torch.rand(BATCH, SEQUENCE, 4, generator=values.generator).sort(dim=2).values
+    return corners.to(values.model.device, values.model.dtype)
 
 
 def _required_by_name(values: Values) -> Inputs:
@@ -141,7 +188,7 @@ def _warn_of_other_names(values: Values, inputs: Inputs) -> None:
 def what_may_be_left_out(model: Any) -> tuple[tuple[str, ...], ...]:
     """Return which of images and sound example inputs of text may go without, the least first; for transformers."""
     values = Values(model)
-    if not takes_text(values):
+    if not _takes_text(values):
         return ()
     if not takes_sound(values):
         return (("images",),) if takes_images(values) else ()

@@ -17,6 +17,7 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
 from .asserted_decisions import is_other_decision
+from .comparable import revealed, varied
 from .differences import TOLERANCES, Difference, distance, largest
 from .outputs import (
     Call,
@@ -32,7 +33,6 @@ from .process_state.held_answers import hold_answers
 from .process_state.python_state import warn_of_count
 from .process_state.questions import Questions
 from .refusal import line_of_error
-from .revealing import revealed, varied
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0

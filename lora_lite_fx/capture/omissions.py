@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
+from .comparable import revealed, varied
 from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
-from .revealing import revealed, varied
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 

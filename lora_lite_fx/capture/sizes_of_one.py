@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
 from ..graph.regions import has_branches
+from .comparable import revealed, varied
 from .differences import agree
 from .graph_calls import values_of_call
 from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_parameters
-from .revealing import revealed, varied
 
 Places = dict[str, list[tuple[int, int]]]
 """For each dynamic size, the numbers of the inputs that have it, each with its dimension."""

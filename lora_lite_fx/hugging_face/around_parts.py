@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.placement import Placement
+from ..capture.comparable import revealed
 from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
-from ..capture.revealing import revealed
 from ..errors import CaptureError
 from ..execution.layer_modules import plain_class
 from ..graph.calls_and_traces import tracing

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.comparable import comparable
+from ..capture.comparable import comparable, revealed, varied
 from ..capture.differences import agree
-from ..capture.revealing import revealed, varied
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import AdapterError, CaptureError

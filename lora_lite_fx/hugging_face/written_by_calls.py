@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.comparable import comparable
+from ..capture.comparable import comparable, revealed
 from ..capture.differences import agree
-from ..capture.revealing import revealed
 from ..capture.shared_copy import shared_copy
 from .call_structure import CACHES, Leaves
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.revealing import revealed, varied
+from lora_lite_fx.capture.comparable import revealed, varied
 from tests.support.conformance import close, randomise
 from tests.support.selection import broad_after
 from tests.support.untouched import untouched

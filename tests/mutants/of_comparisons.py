@@ -37,7 +37,7 @@ MUTANTS = (
         f"{_GATES}a_model_that_decides_by_a_parameter_is_compared_as_it_is",
     ),
     Mutant(
-        f"{_CAPTURE}revealing.py",
+        f"{_CAPTURE}comparable.py",
         "return bool((value.abs() < _SMALL).all())",
         "return True",
         "a parameter of which one value is zero gets other values, with which a pretrained model may compute nonsense",
@@ -121,14 +121,14 @@ MUTANTS = (
         "tests/capture/test_example_inputs.py::test_a_model_that_computes_something_else_with_caches_is_refused",
     ),
     Mutant(
-        f"{_CAPTURE}revealing.py",
+        f"{_CAPTURE}comparable.py",
         "in (module.named_parameters, module.named_buffers)",
         "in (module.named_parameters,)",
         "a condition behind a buffer that starts at zero may be left out",
         f"{_GATES}a_condition_whose_gate_starts_near_zero_may_not_be_left_out",
     ),
     Mutant(
-        f"{_CAPTURE}revealing.py",
+        f"{_CAPTURE}comparable.py",
         "tensor.shape), values.get(name))",
         "tensor.shape))",
         "a graph that has copies of statistics differs from its model, which is refused",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ...errors import CaptureError
 from ...graph.sharded import is_dtensor
 from ...graph.tensors import has_values
+from ..comparable import revealed
 from ..differences import agree
 from ..inputs.example_inputs import example_inputs_of, what_may_be_left_out
 from ..inputs.parts import attends_by_type
 from ..outputs import Call, has_data, outputs_of_model
 from ..quirks.layouts import layouts_in
-from ..revealing import revealed
 from ..shared_copy import shared_copy
 from .origin import ModelReference, PlainModule, forget_checkpointing
 

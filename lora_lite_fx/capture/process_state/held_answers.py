@@ -16,9 +16,9 @@ from torch.fx.node import has_side_effect
 
 from ...errors import COMPILE_INSTEAD, CallError, CaptureError
 from ...graph.tensors import attribute_of
+from ..comparable import revealed
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, outputs_of_graph, outputs_of_model
-from ..revealing import revealed
 from .questions import AUTOCAST, DETERMINISTIC, DTYPE, GRAD, INFERENCE, INFERENCE_REGION, Questions, device_of
 
 _ANSWERS: dict[str, Callable[[str], Any]] = {

@@ -30,10 +30,10 @@ from ...compat.torch import disable_current_modes, pytree
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.modes import modes_of
 from ..asserted_decisions import assert_decision
+from ..comparable import revealed
 from ..depth.watched_functions import READ_SIZES
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
-from ..revealing import revealed
 from .quirk import Quirk, after_undecided
 
 _MOST_INDICES = 1024

@@ -32,7 +32,7 @@ from .outputs import (
 from .process_state.held_answers import hold_answers
 from .process_state.python_state import warn_of_count
 from .process_state.questions import Questions
-from .refusal import line_of_error
+from .refusal import in_one_line, line_of_error
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
@@ -60,10 +60,9 @@ def own_error(model: nn.Module, call: Call) -> CaptureError | None:
 
 
 def _raises_itself(model: nn.Module, error: BaseException) -> CaptureError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), "")
     return CaptureError(
-        f"{type(model).__name__} itself raises for the example inputs{line_of_error(error)}: {type(error).__name__}:"
-        f" {reason}\nThe way out: pass example_inputs that the model takes."
+        f"{type(model).__name__} itself raises for the example inputs{line_of_error(error)}: {in_one_line(error)}"
+        "\nThe way out: pass example_inputs that the model takes."
     )
 
 
@@ -151,10 +150,9 @@ class _Comparison:
             if of_ours or (is_other_decision(error) and call is not self.first):
                 self.details.append(f"not in {mode} for another call, where the model decides otherwise")
                 return False
-            first_line = next(iter(str(error).splitlines()), "")
             raise CaptureError(
                 f"The graph of {type(self.model).__name__} raises on the example inputs in {mode}, where the model does"
-                f" not: {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
+                f" not: {in_one_line(error)}\nThe way out: {COMPILE_INSTEAD}."
             ) from error
         if wrong := [row for row in rows if row.is_result and not row.ok]:
             raise self._error(wrong[0], next(row for row in rows if not row.ok))
@@ -265,7 +263,7 @@ def _compare(
         expected = outputs_of_model(model, call, where, writes, by_module, in_any_order=by_module, questions=questions)
         nudged = [outputs_of_model(model, call, where, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
-        raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+        raise _ModelRaises(in_one_line(error)) from error
     if expected.kept:
         raise CaptureError(f"{type(model).__name__} {expected.kept}")
     if expected.counted is not None and questions is not None:

@@ -25,6 +25,7 @@ from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
+from .refusal import in_one_line
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 
@@ -205,8 +206,7 @@ class _Comparison:
                 with revealed(self.model), torch.random.fork_rng(), torch.autocast(device, enabled=False):
                     result = self.model(**copy.deepcopy(inputs), **filled)
             except Exception as error:
-                first = next(iter(str(error).splitlines()), "")
-                raise _Differs(f"the model then raises {type(error).__name__}: {first}".rstrip(": .")) from error
+                raise _Differs(f"the model then raises {in_one_line(error)}") from error
             self.answers[key] = _Answer(*leaves_by_path(result))
         return self.answers[key]
 

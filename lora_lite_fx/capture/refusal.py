@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 import traceback
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
@@ -14,6 +16,12 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 
 OF_OTHERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 """What the files of torch and of this library begin with."""
+
+
+def line_of(frame: FrameType) -> str:
+    """Return the line that a frame is at, for messages."""
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"`{linecache.getline(file, number).strip()}` ({file}:{number})"
 
 
 def own_line(stack_trace: str) -> str:
@@ -31,6 +39,12 @@ def line_of_error(error: BaseException) -> str:
         if not frame.filename.startswith(OF_OTHERS) and Path(frame.filename).exists()
     ]
     return f" at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message, without the full stop at the end."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line.strip()}".rstrip(": .")
 
 
 def refusal(model: nn.Module, error: Exception, how: str) -> CaptureError:

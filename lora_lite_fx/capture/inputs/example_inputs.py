@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
+from ..refusal import in_one_line
 from .config_values import BATCH, CHOICES, SEQUENCE, Inputs, Values
 from .images import IMAGES, images, takes_images
 from .labels import completed
@@ -54,7 +55,7 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
                 return inputs
             return inputs if any(name in form for name in SOUNDS) else _with_sound(values, form, inputs)
     except Exception as error:  # the config lacks what the inputs would be made of
-        problems.append(_first_line(error))
+        problems.append(in_one_line(error))
     problem = problems[0] if problems else f"its main input is {model.main_input_name!r}"
     missing = [name for name in values.required if name not in _KNOWN]
     raise CaptureError(
@@ -154,7 +155,7 @@ def _tried(values: Values, form: Inputs, problems: list[str]) -> Inputs | None:
     try:
         return completed(values, with_parts(values, form))
     except Exception as error:
-        problems.append(f"it raises {_first_line(error)}")
+        problems.append(f"it raises {in_one_line(error)}")
         return None
 
 
@@ -203,7 +204,3 @@ def warn_of(left_out: str, model: Any, problem: str) -> None:
         f" with {left_out}.",
         stacklevel=4,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"

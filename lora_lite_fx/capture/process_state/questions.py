@@ -5,7 +5,6 @@ A graph has no branches of Python. `if torch.is_autocast_enabled():` is one way 
 
 from __future__ import annotations
 
-import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..quirks.quirk import ANSWERED
-from ..refusal import OF_OTHERS
+from ..refusal import OF_OTHERS, line_of
 from .python_state import Change
 
 GRAD, AUTOCAST, INFERENCE = (
@@ -97,12 +96,6 @@ _BUILTIN = type(torch.is_grad_enabled)
 
 def _is_of_others(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(OF_OTHERS)  # torch computes the same whatever the answer is
-
-
-def line_of(frame: FrameType) -> str:
-    """Return the line that a frame is at, for messages."""
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    return f"`{linecache.getline(file, number).strip()}` ({file}:{number})"
 
 
 def device_of(model: nn.Module) -> str:

@@ -14,7 +14,6 @@ loop over the chosen ones, as files from the hub do.
 
 from __future__ import annotations
 
-import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator, Set
@@ -34,6 +33,7 @@ from ..comparable import revealed
 from ..depth.watched_functions import READ_SIZES
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
+from ..refusal import line_of
 from .quirk import Quirk, after_undecided
 
 _MOST_INDICES = 1024
@@ -255,14 +255,9 @@ def _frame() -> FrameType | None:
 def _line() -> str | None:
     """Return the line of the model that is running; None if a function of torch decides within itself."""
     frame = _frame()
-    if frame is None or _is_of_torch(frame):
+    if frame is None or frame.f_code.co_filename.startswith(f"{_TORCH}{os.sep}"):
         return None
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    return f"`{linecache.getline(file, number).strip()}` ({file}:{number})"
-
-
-def _is_of_torch(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(f"{_TORCH}{os.sep}")
+    return line_of(frame)
 
 
 _TORCH = os.path.dirname(torch.__file__)

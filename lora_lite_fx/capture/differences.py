@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -135,6 +135,11 @@ def agree(one: Any, other: Any) -> bool:
     tolerance = TOLERANCES.get(other.dtype, 0.0) if isinstance(other, Tensor) else 0.0
     gap = distance(one, other)
     return gap == 0 or gap <= tolerance * max(1e-30, largest(other))
+
+
+def all_agree(results: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Tell whether each tensor among some results agrees with that of the same path among others."""
+    return all(not isinstance(value, Tensor) or agree(others.get(path), value) for path, value in results.items())
 
 
 def _wide(tensor: Tensor) -> Tensor:

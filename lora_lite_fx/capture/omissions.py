@@ -25,6 +25,7 @@ from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
+from .process_state.questions import device_of
 from .refusal import in_one_line
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
@@ -201,7 +202,7 @@ class _Comparison:
             inputs = {name: value for name, value in self.inputs[index].items() if name not in changes}
             constants = {name: fill for name, fill in changes.items() if fill is not None}
             filled = {name: torch.full_like(self.inputs[index][name], fill) for name, fill in constants.items()}
-            device = next((tensor.device.type for tensor in self.model.parameters()), "cpu")
+            device = device_of(self.model)
             try:
                 with revealed(self.model), torch.random.fork_rng(), torch.autocast(device, enabled=False):
                     result = self.model(**copy.deepcopy(inputs), **filled)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..compat.torch import pytree
 from ..graph.regions import has_branches
 from .comparable import revealed, varied
-from .differences import agree
+from .differences import all_agree
 from .graph_calls import values_of_call
 from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_parameters
 
@@ -87,4 +87,4 @@ def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, places: Places) 
             actual = outputs_of_graph(gm, model, (args, kwargs), model.training, by_module=False).results
         except Exception:
             return True
-    return all(not isinstance(value, Tensor) or agree(actual.get(path), value) for path, value in expected.items())
+    return all_agree(expected, actual)

@@ -31,7 +31,7 @@ from ...graph.modes import modes_of
 from ..asserted_decisions import assert_decision
 from ..comparable import revealed
 from ..depth.watched_functions import READ_SIZES
-from ..differences import TOLERANCES, distance, largest
+from ..differences import all_agree
 from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
 from ..refusal import line_of
 from .quirk import Quirk, after_undecided
@@ -85,7 +85,7 @@ class Decisions:
                     actual = outputs_of_graph(plain, self._model, call, modes_of(self._model), by_module=False).results
             except Exception:  # the model does not take tokens of one kind, or decides otherwise for them
                 continue
-            if not all(_is_equal(value, actual.get(path)) for path, value in expected.items()):
+            if not all_agree(expected, actual):
                 raise CaptureError(
                     f"{name} loops over the indices that occur at {next(iter(left_out))}, and a loop over all, as a"
                     " graph has it, computes something else. The way out: let the body do nothing for an index without"
@@ -101,12 +101,6 @@ class Decisions:
 
     def _run(self, call: Call, watch: _Watch) -> Outputs:
         return outputs_of_model(self._model, call, modes_of(self._model), watch=watch)
-
-
-def _is_equal(expected: Any, actual: Any) -> bool:
-    if not isinstance(expected, Tensor):
-        return True
-    return distance(expected, actual) <= TOLERANCES.get(expected.dtype, 0.0) * largest(expected)
 
 
 def _of_one_kind(call: Call) -> Call:

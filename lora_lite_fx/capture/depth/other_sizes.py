@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ...compat.torch_modules import children_of
 from ..export import GUARDS
+from ..omissions import size_in_example
 from .program import NotRepeated
 
 Sizes = Mapping[int, Sequence[int]]
@@ -77,12 +78,8 @@ def _is_fixed(size: int | torch.SymInt) -> bool:
     return isinstance(size, int) or size.node.maybe_as_int() is not None  # nothing public asks without a guard
 
 
-def _hint(size: Any) -> int:
-    return int(size.node.hint)  # the size in the example; nothing public tells it
-
-
 def _other(value: Tensor, other: Callable[[int], int]) -> list[int]:
-    return [int(size) if _is_fixed(size) else other(_hint(size)) for size in value.shape]
+    return [int(size) if _is_fixed(size) else other(size_in_example(size)) for size in value.shape]
 
 
 def _takes(gm: fx.GraphModule, leaves: Sequence[Any], values: Mapping[int, Tensor], sizes: Sizes) -> bool:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...compat.torch import codegen_of, empty_like
-from ...compat.torch_modules import children_of
-from ...graph.tensors import register_tensor, tensor_of
+from ...graph.tensors import module_at, register_tensor, tensor_of
 from ..export import GUARDS, guard_sizes
 from ..graph_calls import return_as
 from .graph_program import CONSTANT, GraphProgram, Layers
@@ -89,8 +88,9 @@ class _Stamping:
             return_as(self.graph, self.layers.returned)
         for name, tensor in self.registered.items():
             register_tensor(self.gm, name, tensor)
-        for name, tensor in self.constants:
-            _set_constant(self.gm, name, tensor)
+        for name, tensor in self.constants:  # neither parameters nor buffers, as torch.export has them
+            path, _, leaf = name.rpartition(".")
+            setattr(module_at(self.gm, path), leaf, tensor)
         guard_sizes(self.gm, inputs_left_out, ())
         self.gm.graph = self.graph
 
@@ -266,17 +266,6 @@ class _Stamping:
 def _is_end(place: Place) -> bool:
     """Tell whether a place is the last step of its layer, which layers of all kinds have."""
     return isinstance(place.within, tuple) and place.within[1] == -1
-
-
-def _set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
-    """Set a tensor that is neither a parameter nor a buffer, as torch.export sets constants."""
-    path, _, leaf = target.rpartition(".")
-    module: nn.Module = gm
-    for part in path.split(".") if path else ():
-        if part not in children_of(module):
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    setattr(module, leaf, value)
 
 
 def _like(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -42,21 +43,14 @@ def quiet_export() -> Iterator[None]:
     with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)), contextlib.ExitStack() as stack:
         for logger, text in needless:
             if logger is not None:
-                without = _Without(text)
+                without = functools.partial(_is_without, text)
                 logger.addFilter(without)
                 stack.callback(logger.removeFilter, without)
         yield
 
 
-class _Without(logging.Filter):
-    """Leaves out messages with a text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self._text = text
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._text not in record.getMessage()
+def _is_without(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
 
 
 class _WithoutGraphs:

@@ -7,6 +7,7 @@ fault is in the traceback.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -168,6 +169,5 @@ class Stage:
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
     """Return the first lines in which two records of `Stage.run` differ, or None."""
-    ended = ["nothing"]
-    pairs = zip([*one, *ended * (len(other) - len(one))], [*other, *ended * (len(one) - len(other))], strict=True)
+    pairs = itertools.zip_longest(one, other, fillvalue="nothing")
     return next((pair for pair in pairs if pair[0] != pair[1]), None)

@@ -133,7 +133,7 @@ def keeping_functions() -> Iterator[Kept]:
 
 _changing = threading.Lock()
 _replaced: dict[Any, Any] = {}
-"""The functions that `_enter` stands before, each with its own `forward`, or None if it inherits one."""
+"""The functions that a `_Before` stands before, each with its own `forward`, or None if it inherits one."""
 _watches = 0
 _keeping: list[Kept] = []
 """The traces that run, of all threads."""
@@ -155,7 +155,7 @@ def _functions() -> set[Any]:
 
 @contextmanager
 def _standing_before_forwards() -> Iterator[None]:
-    """Let `_enter` come before `forward` of each autograd function in the body.
+    """Let `_Before` come before `forward` of each autograd function in the body.
 
     It is the only place that all calls pass in all releases, also those by an `apply` that the model has looked up
     before. Threads that trace nothing run what they would run. A process without autograd functions is left alone.
@@ -163,10 +163,11 @@ def _standing_before_forwards() -> Iterator[None]:
     global _watches
     with _changing:
         _watches += 1
-        forwards = {function: _original(function.forward) for function in _functions() - _replaced.keys()}
+        forwards = {function: function.forward for function in _functions() - _replaced.keys()}
         for function, forward in forwards.items():
             _replaced[function] = vars(function).get("forward")
-            function.forward = staticmethod(_Before(function, forward))
+            plain = forward.forward if isinstance(forward, _Before) else forward  # of a class that it extends
+            function.forward = staticmethod(_Before(function, plain))
     try:
         yield
     finally:
@@ -188,47 +189,37 @@ class _Before:
     forward: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        return _enter(self.function, self.forward, args)
+        """Record a call of the function in the trace of this thread; run its `forward` if there is none.
+
+        `apply` has switched gradients off when it comes to `forward`. A model that calls `forward` itself wants its
+        operations, and inside a transform of torch.func they are what can be traced.
+        """
+        function, thread = self.function, threading.get_ident()
+        if torch.is_grad_enabled() or transform_is_active():
+            return self.forward(*args)
+        takes_context = function.setup_context is torch.autograd.Function.setup_context
+        inputs = args[1:] if takes_context else args
+        for listening, tell in _listening:
+            if listening == thread:
+                tell(function, inputs)
+        kept = next((kept for kept in reversed(_keeping) if kept.thread == thread), None)
+        leaves = pytree.tree_leaves(inputs)
+        if kept is None or kept.running or not any(map(_may_get_gradients, leaves)):
+            return self.forward(*args)
+        others = (leaf for leaf in leaves if not isinstance(leaf, (Tensor, torch.SymInt, *_IN_GRAPHS)))
+        if (other := next(others, None)) is not None:
+            _warn_of_other(function, other)
+            return self.forward(*args)
+        proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+        if proxy is not None:
+            return proxy.tracer.create_proxy("call_function", calling(function), inputs, {})
+        return kept.record(calling(function), inputs, {})
 
 
-def _original(forward: Any) -> Any:
-    return forward.forward if isinstance(forward, _Before) else forward
-
-
-def _enter(function: Any, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Record a call of an autograd function in the trace of this thread; run its `forward` if there is none.
-
-    `apply` has switched gradients off when it comes to `forward`. A model that calls `forward` itself wants its
-    operations, and inside a transform of torch.func they are what can be traced.
-    """
-    if torch.is_grad_enabled() or transform_is_active():
-        return forward(*args)
-    takes_context = function.setup_context is torch.autograd.Function.setup_context
-    inputs = args[1:] if takes_context else args
-    for thread, tell in _listening:
-        if thread == threading.get_ident():
-            tell(function, inputs)
-    kept = next((kept for kept in reversed(_keeping) if kept.thread == threading.get_ident()), None)
-    leaves = pytree.tree_leaves(inputs)
-    if kept is None or kept.running or not _gets_gradients(leaves):
-        return forward(*args)
-    others = (leaf for leaf in leaves if not isinstance(leaf, (Tensor, torch.SymInt, *_IN_GRAPHS)))
-    if (other := next(others, None)) is not None:
-        _warn_of_other(function, other)
-        return forward(*args)
-    proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
-    if proxy is not None:
-        return proxy.tracer.create_proxy("call_function", calling(function), inputs, {})
-    return kept.record(calling(function), inputs, {})
-
-
-def _gets_gradients(leaves: Sequence[Any]) -> bool:
-    """Return whether a function may pass gradients to these arguments."""
-    return any(isinstance(leaf, fx.Proxy) or _is_float(leaf) for leaf in leaves)
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def _may_get_gradients(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.is_floating_point() or leaf.is_complex()
+    return isinstance(leaf, fx.Proxy)
 
 
 def _warn_of_other(function: Any, argument: object) -> None:
@@ -236,20 +227,15 @@ def _warn_of_other(function: Any, argument: object) -> None:
         f"{function.__name__}.apply takes an argument of type {type(argument).__name__}, which a graph cannot hold. So"
         " the graph has the operations of its forward, and gradients are those of its forward, not of its backward. The"
         f" way out, if they differ: pass it tensors and numbers alone, or {COMPILE_INSTEAD}.",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
 # The operator that stands for a call in a trace, because torch.export takes no other functions into a graph.
 
 
-@torch.library.custom_op("lora_lite_fx::autograd_function", mutates_args=())
-def stand_in(tensors: Sequence[Tensor], sizes: Sequence[int], number: int) -> list[Tensor]:
-    """Run a call that is being traced."""
-    return _run(tensors, sizes, number)
-
-
 def _run(tensors: Sequence[Tensor], sizes: Sequence[int], number: int) -> list[Tensor]:
+    """Run a call that is being traced."""
     call = _calls[number]
     versions = [version_of(tensor) for tensor in tensors]
     args, kwargs = call.arguments(tensors, sizes)
@@ -268,7 +254,7 @@ def _run(tensors: Sequence[Tensor], sizes: Sequence[int], number: int) -> list[T
     return [leaf.clone() for leaf in pytree.tree_leaves(call.results) if isinstance(leaf, Tensor)]
 
 
-stand_in.register_fake(_run)
+torch.library.custom_op("lora_lite_fx::autograd_function", mutates_args=())(_run).register_fake(_run)
 _STAND_IN = torch.ops.lora_lite_fx.autograd_function.default
 
 

@@ -10,10 +10,9 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,21 +36,30 @@ class _Holder:
 
     Args:
         path: goes before the names, with a dot.
-        read: returns its values by name.
-        write: sets a value.
-        delete: takes one away.
+        owner: a class, or the mapping that has its values by name.
         source: the classes or files whose code may change them, for messages.
     """
 
     path: str
-    read: Callable[[], Mapping[str, Any]]
-    write: Callable[[str, Any], object]
-    delete: Callable[[str], object]
+    owner: Any
     source: tuple[Any, ...]
 
+    def read(self) -> dict[str, Any]:
+        """Return its values by name."""
+        return dict(vars(self.owner) if isinstance(self.owner, type) else self.owner)
+
     def values(self) -> dict[str, Any]:
-        """Return copies of the values, by name."""
+        """Return copies of the values that are state, by name."""
         return {name: _copied(value) for name, value in self.read().items() if self.has(name, value)}
+
+    def put_back(self, name: str, now: Any, was: Any) -> None:
+        """Give it a value that it had before, or none."""
+        if isinstance(self.owner, type):
+            delattr(self.owner, name) if was is _ABSENT else setattr(self.owner, name, _contents_put_back(now, was))
+        elif was is _ABSENT:
+            del self.owner[name]
+        else:
+            self.owner[name] = _contents_put_back(now, was)
 
     def has(self, name: str, value: Any) -> bool:
         """Tell whether a value is state: anything of a module or an object in one, numbers and the like elsewhere."""
@@ -82,18 +90,16 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
         kinds |= dict.fromkeys(own)
         registries = [vars(module)[registry] for registry in REGISTRIES if registry != MODULES]
         for values in (vars(module), *registries):
-            read: Callable[[], dict[str, Any]] = partial(dict, values)  # a registry may be a mapping of another class
-            yield _Holder(f"{name}." if name else "self.", read, values.__setitem__, values.__delitem__, own)
+            yield _Holder(f"{name}." if name else "self.", values, own)
     for path, held, module in _held_objects(model):
-        own, values = (*_own_classes(held), *_own_classes(module)), vars(held)
+        own = (*_own_classes(held), *_own_classes(module))
         kinds |= dict.fromkeys(own)
-        yield _Holder(f"{path}.", partial(dict, values), values.__setitem__, values.__delitem__, own)
+        yield _Holder(f"{path}.", vars(held), own)
     for kind in kinds:
-        yield _Holder("", partial(vars, kind), partial(setattr, kind), partial(delattr, kind), (kind,))
+        yield _Holder("", kind, (kind,))
     for file in dict.fromkeys(kind.__module__ for kind in kinds):
         if (code := sys.modules.get(file)) is not None:
-            names = vars(code)
-            yield _Holder("", names.copy, names.__setitem__, names.__delitem__, (code,))
+            yield _Holder("", vars(code), (code,))
 
 
 @dataclass(frozen=True)
@@ -144,16 +150,12 @@ class PythonState:
     def restore(self, where: Callable[[Any], bool] = lambda now: True) -> None:
         """Put back what was there before, in the place of those values of now for which `where` is true."""
         for holder, name, was, now in list(self._changes()):
-            if not where(now):
-                continue
-            if was is _ABSENT:
-                holder.delete(name)
-            else:
-                holder.write(name, _contents_put_back(now, was))
+            if where(now):
+                holder.put_back(name, now, was)
 
     def _changes(self) -> Iterator[tuple[_Holder, str, Any, Any]]:
         for holder, were in self._were:
-            values = dict(holder.read())
+            values = holder.read()
             for name in {**were, **values}:
                 was, now = were.get(name, _ABSENT), values.get(name, _ABSENT)
                 if (now is _ABSENT or holder.has(name, now)) and not _is_same(was, now):

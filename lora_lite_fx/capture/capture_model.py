@@ -146,21 +146,17 @@ def _exported(
 ) -> Capture:
     """Export the prepared copy of a model on example inputs; the arguments are those of `capture_model`."""
     name_arguments(copied, example_inputs)
-    args, kwargs = split_inputs(copied, example_inputs)
-    origin.check_call(copied, (args, kwargs))
+    call = args, kwargs = split_inputs(copied, example_inputs)
+    origin.check_call(copied, call)
     other = origin.with_other_mask(kwargs)
-    calls = ((args, kwargs),) if other is None else ((args, kwargs), (args, other))
+    calls = (call,) if other is None else (call, (args, other))
     hint, layouts = origin.hint(kwargs), origin.layouts(kwargs)
     if layouts:
         pass_layouts(copied, layouts)
-        kwargs = {name: value for name, value in kwargs.items() if name not in layouts}
+        call = args, {name: value for name, value in kwargs.items() if name not in layouts}
     held = held_modes(copied)
-    by_depth = ByDepth(
-        copied,
-        args,
-        kwargs,
-        functools.partial(export, copied, args, kwargs, dynamic_shapes, origin.batch_only(made)),
-    )
+    export_copy = functools.partial(export, copied, call, dynamic_shapes, origin.batch_only(made))
+    by_depth = ByDepth(copied, call, export_copy)
     done: dict[str, None] = {}
 
     def capture_mode(in_training: fx.GraphModule | None) -> fx.GraphModule:
@@ -179,7 +175,7 @@ def _exported(
             itself = None if made else own_error(copied, calls[0])
             raise (itself or error) from error.__cause__
         has_constants = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
-        signature = call_signature(origin, copied, args, kwargs, gm.graph, has_constants, by_depth.few_layers, made)
+        signature = call_signature(origin, copied, call, gm.graph, has_constants, by_depth.few_layers, made)
         if signature is not None and layouts:
             signature = replace(signature, layouts=layouts)
         details += [f"{len(gm.graph.nodes)} nodes", *done]
@@ -244,7 +240,7 @@ def split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dic
         raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
     # Clone the inputs, because torch.export takes a tensor that is passed twice for one input.
     clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(clone, (args, kwargs))
+    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(clone, (args, dict(kwargs)))
     return cloned
 
 

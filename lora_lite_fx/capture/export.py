@@ -18,28 +18,22 @@ from .autograd_functions import keeping_functions
 from .forward_signature import signature_of
 from .quiet_torch import failures_unlogged, quiet_export
 from .quirks import all_quirks
-from .quirks.quirk import Quirk
+from .quirks.quirk import Call, Quirk
 from .refusal import refusal
 from .sizes_of_one import sizes_of_one_that_decide
 
 
-def export(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    batch_only: Collection[str] = (),
-) -> fx.GraphModule:
-    """Export `model` on these inputs.
+def export(model: nn.Module, call: Call, dynamic_shapes: Any, batch_only: Collection[str] = ()) -> fx.GraphModule:
+    """Export `model` on the inputs of a call.
 
     Args:
-        model, args, kwargs: the call.
+        model, call: the call.
         dynamic_shapes: as for `capture`.
         batch_only: names of arguments of which `"auto"` makes the batch alone dynamic. Where the model cannot be
             exported, this is tried with its images too.
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-        return _export_as(model, args, kwargs, dynamic_shapes)
+        return _export_as(model, call, dynamic_shapes)
 
     def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
         return [Dim.AUTO, *[others] * (leaf.dim() - 1)][: leaf.dim()] if isinstance(leaf, Tensor) else None
@@ -49,14 +43,14 @@ def export(
         return dimensions | {name: dynamic(arguments[name], Dim.STATIC) for name in fixed if name in arguments}
 
     # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
-    doubled = double_batch_of_one((args, kwargs))
-    calls = [(args, kwargs)] if doubled is None else [doubled, (args, kwargs)]
+    doubled = double_batch_of_one(call)
+    calls = [call] if doubled is None else [doubled, call]
     bound = [signature_of(model).bind(*args, **kwargs).arguments for args, kwargs in calls]
     errors: list[CaptureError] = []
     for fixed in dict.fromkeys((tuple(batch_only), (*batch_only, *images_in(bound[0])))):
-        for (args, kwargs), arguments in zip(calls, bound, strict=True):
+        for each, arguments in zip(calls, bound, strict=True):
             try:
-                return _export_as(model, args, kwargs, shapes(arguments, fixed))
+                return _export_as(model, each, shapes(arguments, fixed))
             except CaptureError as error:
                 errors.append(error)
     raise errors[len(calls) - 1]  # of the call as it is, with every dimension dynamic
@@ -74,12 +68,12 @@ def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def _export_as(model: nn.Module, call: Call, dynamic_shapes: Any) -> fx.GraphModule:
     quirks = all_quirks.concerning(model)
     before: Exception | None = None
     while True:
         try:
-            gm, check_quirks = _trace(model, args, kwargs, dynamic_shapes, quirks)
+            gm, check_quirks = _trace(model, call, dynamic_shapes, quirks)
             break
         except Exception as error:
             more = [quirk for quirk in all_quirks.concerning(model, error) if quirk not in quirks]
@@ -90,27 +84,27 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             before, quirks = error, [*quirks, *more]
     check_quirks(gm)
     draft = Draft(gm, gm.graph)  # because what follows changes the graph, and calls it as another module
-    guard_sizes(draft, {}, sizes_of_one_that_decide(draft, model, (args, kwargs)))
+    guard_sizes(draft, {}, sizes_of_one_that_decide(draft, model, call))
     return draft
 
 
 @tracing()
 def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, quirks: Sequence[Quirk]
+    model: nn.Module, call: Call, dynamic_shapes: Any, quirks: Sequence[Quirk]
 ) -> tuple[fx.GraphModule, Callable[[fx.GraphModule], None]]:
     """Return the graph, and a function that checks what the quirks have done to it."""
     from ..compat.dynamo import without_fake_tensor_cache
 
     with (
         keeping_functions() as kept,
-        all_quirks.entered(quirks, model, (args, kwargs)) as check_quirks,
+        all_quirks.entered(quirks, model, call) as check_quirks,
         quiet_export(),
         failures_unlogged(),
         # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
         without_fake_tensor_cache(),
     ):
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, *call, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             raise refusal(model, error, "torch.export") from error
         gm = program.module()

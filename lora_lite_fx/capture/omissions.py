@@ -24,7 +24,7 @@ from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
-from .outputs import has_data, leaves_by_path
+from .outputs import Call, has_data, leaves_by_path
 from .process_state.questions import device_of
 from .refusal import in_one_line
 from .shared_copy import shared_copy
@@ -44,8 +44,7 @@ _PLAIN = (type(None), bool, int, float, str)
 def call_signature(
     origin: PlainModule,
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Call,
     graph: fx.Graph,
     has_constants: bool,
     few_layers: Mapping[str, int],
@@ -56,12 +55,13 @@ def call_signature(
     Args:
         origin: of the model.
         model: what was captured, in evaluation mode; it runs on copies of its buffers.
-        args, kwargs: what it was captured with.
+        call: what it was captured with.
         graph: what it was captured as.
         has_constants: whether arguments that are not tensors were made part of the graph.
         few_layers: how many layers of each stack show what all do, by the name of the stack; empty if not known.
         made: whether the call is not the user's, and so hides nothing by zeros or ones.
     """
+    args, kwargs = call
     parameters = dict(signature_of(model).parameters)
     if any(parameter.kind in _WITHOUT_NAMES for parameter in parameters.values()):
         return None
@@ -74,7 +74,7 @@ def call_signature(
     optional = [name for name in tensors if parameters[name].default is None][:_MOST_OPTIONAL]
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
-    if optional and has_data(model, (args, kwargs)):
+    if optional and has_data(model, call):
         omissions, refusals = _tried(_Comparison(origin, model, inputs, graph, made), optional, few_layers)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(

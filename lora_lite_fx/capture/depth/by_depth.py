@@ -8,9 +8,8 @@ the same way (`graph_program.py`); then its last layers are copied (`stamp.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
 
 from torch import fx, nn
 
@@ -18,12 +17,13 @@ from ...compat.torch import pytree
 from ...errors import CaptureError
 from ...graph.modes import put_in_mode
 from ...graph.regions import has_branches
+from ..quirks.quirk import Call
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .graph_program import Layers
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
 from .program import NotRepeated, Program
-from .repetition import Repetition, repetition_of, require_same_when_shortened, stamped_results
+from .repetition import Repetition, captured_layers, repetition_of, require_same_when_shortened, stamped_results
 from .stacks import shortened, stacks_of
 from .stamp import number_nodes, stamp
 
@@ -33,16 +33,13 @@ class ByDepth:
 
     Args:
         model: is shortened while it is captured, and is as before afterwards.
-        args, kwargs: the call.
+        call: its arguments.
         export: captures `model` as it is.
     """
 
-    def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], export: Callable[[], fx.GraphModule]
-    ) -> None:
-        self._model = model
-        self._call = args, dict(kwargs)
-        self._leaves = pytree.tree_leaves(self._call)
+    def __init__(self, model: nn.Module, call: Call, export: Callable[[], fx.GraphModule]) -> None:
+        self._model, self._call = model, call
+        self._leaves = pytree.tree_leaves(call)
         self._export = export
         self._stacks = stacks_of(model)
         self._drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
@@ -62,8 +59,8 @@ class ByDepth:
         except Exception as error:  # whatever keeps a part of a model from running is no matter of the whole
             why = "a part could not be captured" if isinstance(error, CaptureError) else f"of a {type(error).__name__}"
             return self._in_full(), [f"all layers captured, because {why}"]
-        self.few_layers = _captured(repetitions)
-        return gm, [_said(repetition) for repetition in repetitions]
+        self.few_layers = captured_layers(repetitions)
+        return gm, [_said(repetition) for repetition in repetitions.values()]
 
     def in_other_mode(self, gm: fx.GraphModule) -> fx.GraphModule | None:
         """Return the graph of the model in evaluation, after it was captured in training.
@@ -79,7 +76,7 @@ class ByDepth:
             return None
         try:
             stand_in = StandIn(self._model, self._stacks)
-            if not self._drops and all(stand_in.run(*self._call, sizes) == run for sizes, run in self._shown):
+            if not self._drops and all(stand_in.run(self._call, sizes) == run for sizes, run in self._shown):
                 return gm
             return self._with_other_dropouts(gm, stand_in)
         except Exception:  # it does not run without data in this mode
@@ -91,7 +88,7 @@ class ByDepth:
             runs = {}
             for mode, record in dropouts.items():
                 put_in_mode(stand_in.model, mode)
-                runs[mode] = stand_in.run(*self._call, sizes, record)
+                runs[mode] = stand_in.run(self._call, sizes, record)
             if runs[True] != runs[False] or not has_contiguous_calls(gm, captured.steps, runs[False].steps):
                 return None
         return with_other_dropouts(gm, dropouts[True], dropouts[False])
@@ -102,10 +99,10 @@ class ByDepth:
         if not has_branches(gm):
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
-                self._shown = [(sizes, StandIn(self._model, self._stacks).run(*self._call, sizes))]
+                self._shown = [(sizes, StandIn(self._model, self._stacks).run(self._call, sizes))]
         return gm
 
-    def _in_part(self) -> tuple[fx.GraphModule, list[Repetition]]:
+    def _in_part(self) -> tuple[fx.GraphModule, Mapping[str, Repetition]]:
         stand_in = StandIn(self._model, self._stacks)
         # Sizes of the example could be equal to a number of the model, so check others that the graph takes.
         sizes = guessed_sizes(self._leaves)
@@ -114,7 +111,7 @@ class ByDepth:
         except Exception:  # the model may refuse them
             sizes = {}
             layers, whole = self._layers(stand_in, sizes)
-        with shortened(self._model, _captured(layers.repetitions)):
+        with shortened(self._model, captured_layers(layers.repetitions)):
             gm = self._export()
         taken = sizes_taken(gm, self._leaves, sizes, layers.inputs_left_out())
         shown = [(sizes, whole)]
@@ -125,7 +122,7 @@ class ByDepth:
             shown.append((taken, whole))
         stamp(gm, self._model, layers)
         self._shown = shown
-        return gm, list(layers.repetitions)
+        return gm, layers.repetitions
 
     def _layers(self, stand_in: StandIn, sizes: Sizes) -> tuple[Layers, Run]:
         """Return how stacks repeat, proved by a run of the whole and one of the shortened model; and the former run.
@@ -133,27 +130,28 @@ class ByDepth:
         Raises:
             NotRepeated: none does.
         """
-        whole = stand_in.run(*self._call, sizes)
-        repetitions: list[Repetition] = []
+        whole = stand_in.run(self._call, sizes)
+        repetitions: dict[str, Repetition] = {}
         reason = NotRepeated("no stack of layers runs")
         for name, size in self._stacks.items():
-            if any(name.startswith(f"{outer.stack}.") for outer in repetitions):
+            if any(name.startswith(f"{outer}.") for outer in repetitions):
                 continue
             try:
-                repetitions.append(repetition_of(Program(whole.steps, {name: size}), name))
+                repetitions[name] = repetition_of(Program(whole.steps, {name: size}), name)
             except NotRepeated as other:
                 reason = other
         if not repetitions:
             raise reason
-        with shortened(stand_in.model, _captured(repetitions)):
-            part = stand_in.run(*self._call, sizes)
-        full = Program(whole.steps, {repetition.stack: repetition.layers for repetition in repetitions})
-        short = Program(part.steps, {repetition.stack: repetition.captured for repetition in repetitions}, full.inputs)
+        captured = captured_layers(repetitions)
+        with shortened(stand_in.model, captured):
+            part = stand_in.run(self._call, sizes)
+        full = Program(whole.steps, {stack: repetition.layers for stack, repetition in repetitions.items()})
+        short = Program(part.steps, captured, full.inputs)
         require_same_when_shortened(full, short, repetitions)
         results = stamped_results(full, short, (whole.results, part.results), repetitions)
-        for repetition in repetitions:
-            _require_same_modules(self._model.get_submodule(repetition.stack), repetition)
-        return Layers(tuple(repetitions), full.inputs, results, whole.returned), whole
+        for stack, repetition in repetitions.items():
+            _require_same_modules(self._model.get_submodule(stack), repetition)
+        return Layers(repetitions, full.inputs, results, whole.returned), whole
 
 
 def _require_same_modules(stack: nn.Module, repetition: Repetition) -> None:
@@ -170,7 +168,3 @@ def _said(repetition: Repetition) -> str:
     return (
         f"{repetition.layers} layers of {repetition.stack}: {kinds}, captured {repetition.captured}, stamped {stamped}"
     )
-
-
-def _captured(repetitions: Sequence[Repetition]) -> dict[str, int]:
-    return {repetition.stack: repetition.captured for repetition in repetitions}

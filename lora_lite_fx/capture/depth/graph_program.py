@@ -25,7 +25,7 @@ from .program import (
     number_of_input,
     place_of_tensor,
 )
-from .repetition import Repetition, StampedResult, last_periods
+from .repetition import Repetition, StampedResult, captured_layers, last_periods
 
 CONSTANT = re.compile(r"(.*\.)?lifted_tensor_\d+$")
 """How torch.export calls the constants that it finds. It numbers them."""
@@ -38,20 +38,20 @@ class Layers:
     """How the layers of a model repeat in a call, as a run of all of them has shown.
 
     Args:
-        repetitions: of the stacks that are shortened.
+        repetitions: of the stacks that are shortened, by their names.
         inputs: names for the inputs of single layers, see `Program`.
         results: where each result of the model comes from; None for the results of the graph as they are.
         returned: what these are leaves of.
     """
 
-    repetitions: tuple[Repetition, ...] = ()
+    repetitions: Mapping[str, Repetition] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     results: tuple[StampedResult, ...] | None = None
     returned: Any = None
 
     def inputs_left_out(self) -> dict[int, int]:
         """Return the numbers of the inputs of layers that are left out, with those of their templates."""
-        stacks = {repetition.stack: repetition for repetition in self.repetitions}
+        stacks = self.repetitions
         sizes = {name: repetition.layers for name, repetition in stacks.items()}
         places = {number_of_input(name): place_of_tensor(path, sizes) for name, path in self.inputs.items()}
         numbers = {place: number for number, place in places.items()}
@@ -74,7 +74,7 @@ class GraphProgram:
     """
 
     def __init__(self, gm: fx.GraphModule, layers: Layers) -> None:
-        stacks = {repetition.stack: repetition.captured for repetition in layers.repetitions}
+        stacks = captured_layers(layers.repetitions)
         self.inputs = gm.graph.find_nodes(op="placeholder", sort=True)
         self.tensors = gm.graph.find_nodes(op="get_attr", sort=True)
         _read_sizes_of_first(self.inputs)
@@ -95,10 +95,10 @@ class GraphProgram:
         self.program = Program(self._steps(names, stacks), stacks, inputs={})
         self.templates: dict[Part, list[tuple[PlacedStep, PlacedStep]]] = {}
         """The steps of the templates, each with that of one period before."""
-        for repetition in layers.repetitions:
+        for stack, repetition in layers.repetitions.items():
             if (templates := last_periods(self.program, repetition)) is None:
-                raise NotRepeated(f"the graphs of the captured layers of {repetition.stack} differ")
-            self.templates |= {(repetition.stack, layer): steps for layer, steps in templates.items()}
+                raise NotRepeated(f"the graphs of the captured layers of {stack} differ")
+            self.templates |= {(stack, layer): steps for layer, steps in templates.items()}
 
     def _steps(self, names: Mapping[fx.Node, str], stacks: Mapping[str, int]) -> list[Step]:
         """Return the nodes as steps; `names` has those that read tensors and inputs."""

@@ -23,6 +23,7 @@ from ...graph.calls_and_traces import tracing
 from ...graph.copies import share_signatures
 from ..autograd_functions import telling_functions
 from ..quirks.all_quirks import without_data
+from ..quirks.quirk import Call
 from .dropouts import Dropout, WithoutDropouts
 from .program import NotRepeated, Part, Read, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals
@@ -89,26 +90,25 @@ class StandIn:
     @tracing()  # modules ask whether something traces, which is said for all threads
     def run(
         self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        call: Call,
         sizes: Mapping[int, Sequence[int]] = MappingProxyType({}),
         dropouts: list[Dropout] | None = None,
     ) -> Run:
         """Call the model, and return the record.
 
         Args:
-            args, kwargs: the call.
+            call: its arguments.
             sizes: other sizes for tensors of it, by their number among its leaves.
             dropouts: gets the dropouts, which are left out of the run then.
         """
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves, spec = pytree.tree_flatten(call)
         self._inside.clear()
         record = _Record(self._names, self._inside)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[number] = self._like(leaf, sizes.get(number))
                 record.name(leaves[number], input_name(number))
-        inputs = pytree.tree_unflatten(leaves, spec)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
         with (
             torch.enable_grad(),
             exporting(),
@@ -118,7 +118,7 @@ class StandIn:
             telling_functions(record.function),
             nullcontext() if dropouts is None else WithoutDropouts(dropouts),
         ):
-            returned = self.model(*inputs[0], **inputs[1])
+            returned = self.model(*args, **kwargs)
         leaves, spec = pytree.tree_flatten(returned)
         return Run(record.steps, [record.result(leaf) for leaf in leaves], spec)
 

@@ -7,7 +7,7 @@ period: Gemma 2 alternates two kinds of layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,21 +125,25 @@ def repetition_of(program: Program, stack: str) -> Repetition:
     raise NotRepeated(f"the {size} layers of {stack} do not repeat")
 
 
-def require_same_when_shortened(full: Program, short: Program, repetitions: Sequence[Repetition]) -> None:
+def captured_layers(repetitions: Mapping[str, Repetition]) -> dict[str, int]:
+    """Return how many layers of each stack are captured, by the name of the stack."""
+    return {stack: repetition.captured for stack, repetition in repetitions.items()}
+
+
+def require_same_when_shortened(full: Program, short: Program, repetitions: Mapping[str, Repetition]) -> None:
     """Check that the program of all layers is that of the captured layers, with the others stamped.
 
     Args:
         full: its layers are known to repeat.
         short: of the model with shortened stacks.
-        repetitions: of all stacks.
+        repetitions: of all stacks, by their names.
 
     Raises:
         NotRepeated: it is not.
     """
-    by_stack = {repetition.stack: repetition for repetition in repetitions}
 
     def in_full_model(read: Place, reader: Part) -> Place:
-        repetition = by_stack.get(read.stack)
+        repetition = repetitions.get(read.stack)
         if repetition is None or read.stack == reader[0]:
             return read
         return read._replace(layer=repetition.in_full_model(read.layer))
@@ -151,7 +155,7 @@ def require_same_when_shortened(full: Program, short: Program, repetitions: Sequ
         if full.of(part) != expected:
             where = f"layer {part[1]} of {part[0]}" if part[0] else "what runs outside of layers"
             raise NotRepeated(f"{where} changes when layers are left out")
-    left_out = {(repetition.stack, layer) for repetition in repetitions for layer in repetition.left_out}
+    left_out = {(stack, layer) for stack, repetition in repetitions.items() for layer in repetition.left_out}
     if full.numbers.keys() != short.numbers.keys() | left_out:
         raise NotRepeated("what runs outside of layers changes when layers are left out")
 
@@ -175,25 +179,24 @@ def stamped_results(
     full: Program,
     short: Program,
     results: tuple[Sequence[Result], Sequence[Result]],
-    repetitions: Sequence[Repetition],
+    repetitions: Mapping[str, Repetition],
 ) -> tuple[StampedResult, ...]:
     """Return where each result of the full model comes from in the graph of the captured layers.
 
     Args:
         full, short: the programs of all layers and of the captured ones.
         results: of the two.
-        repetitions: of all stacks.
+        repetitions: of all stacks, by their names.
 
     Raises:
         NotRepeated: a result does not follow from those of the captured layers.
     """
-    by_stack = {repetition.stack: repetition for repetition in repetitions}
     captured = [(result.what, _place(short, result)) for result in results[1]]
     numbers = {result: number for number, result in reversed([*enumerate(captured)])}
     stamped: list[StampedResult] = []
     for number, result in enumerate(results[0]):
         place = _place(full, result)
-        repetition = by_stack.get(place.stack) if place is not None else None
+        repetition = repetitions.get(place.stack) if place is not None else None
         if place is None:
             source = number if captured[number : number + 1] == [(result.what, None)] else None
         elif repetition is None:

@@ -55,7 +55,7 @@ class _Stamping:
     def __init__(self, gm: fx.GraphModule, model: nn.Module, layers: Layers) -> None:
         self.gm = gm
         self.layers = layers
-        self.repetitions = {repetition.stack: repetition for repetition in layers.repetitions}
+        self.repetitions = layers.repetitions
         self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.tensors |= model.named_buffers(remove_duplicate=False)
         self.captured = GraphProgram(gm, layers)
@@ -101,7 +101,7 @@ class _Stamping:
     ) -> dict[fx.Node, tuple[Repetition, list[fx.Node]]]:
         """Return the last node of each kind in the templates of each stack, with all nodes of that kind there."""
         last: dict[fx.Node, tuple[Repetition, list[fx.Node]]] = {}
-        for repetition in self.layers.repetitions:
+        for repetition in self.repetitions.values():
             templates: dict[str, list[fx.Node]] = {}
             for node in nodes:
                 if repetition.in_last_period(self.captured.places[node]):

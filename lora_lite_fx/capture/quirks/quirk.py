@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The positional and the keyword arguments of a call."""
 
 ANSWERED: set[str] = set()
 """Functions that ask the process for its state, and whose regions a quirk makes a part of the graph, by their names."""

@@ -231,7 +231,7 @@ def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int], several: Sequence[t
 
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
     """Remove the guards of `gm` on its inputs; return them as a function of the inputs that raises AssertionError."""
-    calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == GUARDS]
+    calls = gm.graph.find_nodes(op="call_module", target=GUARDS)
     if not calls:
         return lambda *inputs: None
     guards = gm.get_submodule(GUARDS)

@@ -24,7 +24,7 @@ from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
-from .outputs import Call, has_data, leaves_by_path
+from .outputs import Call, has_data, leaves_by_path, name_of
 from .process_state.questions import device_of
 from .refusal import in_one_line
 from .shared_copy import shared_copy
@@ -183,11 +183,10 @@ class _Comparison:
         if len(whole.results) != self.results:
             raise _Differs("the graph returns other results than the model")
         for path, value in short.results.items():
-            what = pytree.keystr(path).strip("[].'") or "result"
             if path not in whole.results:
-                raise _Differs(f"the model then returns {what} as well")
+                raise _Differs(f"the model then returns {name_of(path)} as well")
             if not agree(value, whole.results[path]):
-                raise _Differs(f"the model then computes another {what}")
+                raise _Differs(f"the model then computes another {name_of(path)}")
 
     @torch.no_grad()
     def _answer(self, changes: Mapping[str, int | None], index: int) -> _Answer:

@@ -53,7 +53,7 @@ class Outputs:
     counted: Change | None = None
 
 
-def has_data(model: nn.Module, call: Call) -> bool:
+def has_data(model: nn.Module, call: Call = ((), {})) -> bool:
     """Tell whether a model can run: no tensor, also none made now, is a meta or a fake tensor."""
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(call), torch.empty(0)]
     return all(has_values(tensor) for tensor in tensors if isinstance(tensor, Tensor))
@@ -82,8 +82,8 @@ def outputs_of_model(
         nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
             rounding does; 0 to leave it.
         watch: is entered around the call alone.
-        in_any_order: whether random numbers are the same in whatever order they are drawn. That takes some time for
-            each operator; without, they are the same for those who draw the same ones in the same order.
+        in_any_order: whether random numbers are the same in whatever order they are drawn, which takes time for each
+            operator; else they are for those who draw the same ones in the same order.
         questions: get what the model asks of the process. With them, a call that leaves something in Python is run
             again, unless `by_module`.
         seed: of the random numbers; None for those that the generators would draw now.
@@ -98,9 +98,7 @@ def outputs_of_model(
     put(twin, mode)
     parameters = [*twin.parameters()]
     if nudge:
-        for module in twin.modules():
-            if not list(module.children()):
-                module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
+        _nudge_outputs(twin, nudge)
     modules = _kept_outputs(twin) if by_module else {}
     watching = watch or (nullcontext() if questions is None else questions.watched())
     with state_put_back(twin) as before:
@@ -218,16 +216,16 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, by_module: bool) -> None:
         super().__init__(gm)
         self.modules: dict[str, list[Tensor]] = {}
-        stacks = {node: dict(node.meta.get("nn_module_stack") or {}) for node in gm.graph.nodes} if by_module else {}
         self.stacks = {
-            node: {str(key): str(entry[0]) for key, entry in stack.items()} for node, stack in stacks.items()
+            node: {str(key): str(entry[0]) for key, entry in (node.meta.get("nn_module_stack") or {}).items()}
+            for node in (gm.graph.nodes if by_module else ())
         }
         # The keys of a stack tell the calls of a module apart. Capture counts them as they come, from 0.
-        calls: dict[str, dict[str, int]] = {}
+        self.calls: dict[str, dict[str, int]] = {}
         for stack in self.stacks.values():
             for key, name in stack.items():
-                calls.setdefault(name, {}).setdefault(key, len(calls[name]) if name in calls else 0)
-        self.calls = calls
+                calls = self.calls.setdefault(name, {})
+                calls.setdefault(key, len(calls))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -249,7 +247,12 @@ def _call_name(module: str, index: int) -> str:
 
 def results_of(returned: Any) -> dict[str, Any]:
     """Return the leaves of what a model returns, by their path in it."""
-    return {pytree.keystr(path).strip("[].'") or "result": leaf for path, leaf in leaves_by_path(returned)[0].items()}
+    return {name_of(path): leaf for path, leaf in leaves_by_path(returned)[0].items()}
+
+
+def name_of(path: Any) -> str:
+    """Return how messages call a leaf of what a model returns, by its path in it."""
+    return pytree.keystr(path).strip("[].'") or "result"
 
 
 def leaves_by_path(returned: Any) -> tuple[dict[Any, Any], pytree.TreeSpec]:
@@ -286,7 +289,9 @@ def copied(values: Any) -> Any:
     return pytree.tree_map(copy, values)
 
 
-def _nudged(output: Any, sign: int) -> Any:
+def _nudge_outputs(twin: nn.Module, sign: int) -> None:
+    """Let the modules of `twin` without parts change the last bit of what they return."""
+
     def nudge(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
@@ -294,7 +299,9 @@ def _nudged(output: Any, sign: int) -> Any:
         up = torch.where((99 * leaf).sin() > 0, sign, -sign)
         return leaf * (1 + torch.finfo(leaf.dtype).eps * up.to(leaf.dtype))
 
-    return pytree.tree_map(nudge, output)
+    for module in twin.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, args, output: pytree.tree_map(nudge, output))
 
 
 def written_parameters(gm: fx.GraphModule, model: nn.Module) -> list[str]:

@@ -87,6 +87,11 @@ class Values:
         found: Callable[..., Any] | None = getattr(inner, name, None) or getattr(self.model, name, None)
         return found
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model takes tokens of a decoder."""
+        return self.config.is_encoder_decoder and "decoder_input_ids" in self.parameters
+
     def noise(self, *shape: int) -> Tensor:
         """Return random numbers in the model's dtype."""
         return torch.randn(shape, generator=self.generator).to(self.model.device, self.model.dtype)

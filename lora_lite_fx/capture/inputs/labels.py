@@ -19,7 +19,7 @@ def completed(values: Values, inputs: Inputs) -> Inputs:
     Raises what the model raises of them.
     """
     asked = inputs
-    if values.config.is_encoder_decoder and "decoder_input_ids" in values.parameters:
+    if values.has_decoder:
         asked = {"decoder_input_ids": torch.zeros_like(values.tokens(SEQUENCE)), **inputs}
     try:
         logits = getattr(_called_without_data(values, asked), "logits", None)
@@ -41,9 +41,7 @@ def completed(values: Values, inputs: Inputs) -> Inputs:
 
 
 def _with_decoder(values: Values, inputs: Inputs) -> Inputs:
-    if not values.config.is_encoder_decoder or "decoder_input_ids" not in values.parameters:
-        return inputs
-    return {"decoder_input_ids": values.tokens(SEQUENCE), **inputs}
+    return {"decoder_input_ids": values.tokens(SEQUENCE), **inputs} if values.has_decoder else inputs
 
 
 def _called_without_data(values: Values, inputs: Inputs) -> Any:

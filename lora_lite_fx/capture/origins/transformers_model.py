@@ -242,6 +242,6 @@ def _multiplies(module: nn.Module) -> bool:
 def _is_drawn(module: nn.Module, saved: bool) -> bool:
     """Check whether the weight of a module was drawn, given whether its model was saved in the class that it has."""
     bias = getattr(module, "bias", None)
-    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module, ((), {})):
+    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module):
         return not saved
     return not bool(bias.any())

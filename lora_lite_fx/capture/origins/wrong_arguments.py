@@ -91,7 +91,7 @@ def _hint(value: Any) -> str:
         return " It holds tensors by name. If they are a state dict, load it into a model: model.load_state_dict(...)."
     if is_instance_of(value, "transformers", *_PREPARES_INPUTS):
         return " It prepares inputs. Pass the model that takes them."
-    if is_instance_of(value, "transformers", "PreTrainedConfig", "PretrainedConfig"):
+    if is_instance_of(value, "transformers", "PreTrainedConfig"):
         return " It describes a model. Make one: AutoModelForCausalLM.from_config(config)."
     if isinstance(getattr(value, "model", None), nn.Module):
         return " Pass the model that it holds, its attribute `model`."

@@ -59,12 +59,8 @@ class Decisions:
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         self._model, self._call = model, call
-        self._watch = _Watch(unrolled=True)
-        self._run(call, self._watch)
-
-    def followed(self) -> _Follow:
-        """Return a context in which a trace decides as the model did."""
-        return _Follow(self._watch.taken, self._watch.functions)
+        self.watch = _Watch(unrolled=True)
+        self._run(call, self.watch)
 
     def check(self, gm: fx.GraphModule) -> None:
         """Check that loops of a traced graph over all indices do nothing for those that do not occur.
@@ -72,11 +68,11 @@ class Decisions:
         Raises:
             CaptureError: one does something, or all indices occur in each of the calls that are tried.
         """
-        if not self._watch.loops:
+        if not self.watch.loops:
             return
         name, way_out = type(self._model).__name__, f"or {COMPILE_INSTEAD}"
         plain = fx.GraphModule(gm, gm.graph)  # what torch.export makes refuses train()
-        left_out = dict.fromkeys(self._watch.loops, False)
+        left_out = dict.fromkeys(self.watch.loops, False)
         for call in (self._call, _of_one_kind(self._call)):
             watch = _Watch(unrolled=False)
             try:
@@ -261,12 +257,12 @@ _BETWEEN = (__file__, os.path.join(_TORCH, "_tensor.py"), os.path.join(_TORCH, "
 @contextmanager
 def _decided(model: nn.Module, call: Call) -> Iterator[Decisions]:
     decisions = Decisions(model, call)
-    with decisions.followed():
+    with _Follow(decisions.watch.taken, decisions.watch.functions):
         yield decisions
 
 
 QUIRK = Quirk(
-    lambda model, error: after_undecided(model, error) and has_data(model, ((), {})),
+    lambda model, error: after_undecided(model, error) and has_data(model),
     _decided,
     lambda decisions, gm: decisions.check(gm),
 )

@@ -48,11 +48,6 @@ class LeftChanged(Exception):
         self.where = own_line(node.stack_trace or "")
 
 
-def changes_gradients(graph: fx.Graph) -> bool:
-    """Tell whether a traced graph has recorded a change of the mode of autograd."""
-    return bool(graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED))
-
-
 def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
     """Let each region of autograd end in the mode that it began in, in place.
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...compat.torch import schema_of
+from ...compat.torch import SET_GRAD_ENABLED, schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
@@ -21,7 +21,7 @@ from ..process_state.python_state import PythonState
 from ..refusal import refusal
 from .attention_module import attend, attend_in_function, is_attention
 from .proxies import PLAIN, AskedTypes, Proxy
-from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
+from .traced_regions import LeftChanged, RecordedRegions, go_back_to_the_caller
 
 aten = torch.ops.aten
 
@@ -156,7 +156,7 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
     with torch.enable_grad():
         gm = recorded(model, values)
     try:
-        if changes_gradients(gm.graph):
+        if gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED):
             with torch.no_grad():
                 without = recorded(model, values)
             go_back_to_the_caller(gm.graph, without.graph)

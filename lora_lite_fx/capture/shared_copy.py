@@ -62,12 +62,7 @@ def shared_copy(model: nn.Module, own: Sequence[str] = ()) -> Any:
 
 
 def _rebind_functions(copied: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Replace, on all modules of `copied`, the functions that reach parts of its original, by ones that reach its own.
-
-    Args:
-        copied: it is changed.
-        memo: of `copy.deepcopy`: the copies by the identities of what they are copies of.
-    """
+    """Replace the functions on modules of `copied` that reach parts of its original by ones that reach its own."""
     rebinding = _Rebinding(memo)
     for module in copied.modules():
         attributes = vars(module)
@@ -84,7 +79,7 @@ class _Rebinding:
     """Finds and replaces what reaches originals: functions by their closures, defaults and the globals that they read.
 
     Args:
-        memo: the copies of the originals, by identity.
+        memo: of `copy.deepcopy`: the copies by the identities of what they are copies of.
     """
 
     def __init__(self, memo: Mapping[int, Any]) -> None:

@@ -227,13 +227,7 @@ class _Stamping:
                 }
 
     def _copy(self, node: fx.Node, number: int, step: PlacedStep, layer: int) -> fx.Node:
-        """Copy a node.
-
-        Args:
-            node, number: the node and its number in the program.
-            step: what the copy reads.
-            layer: the layer in which the copy is.
-        """
+        """Copy a node, with its number in the program, into a layer; `step` says what the copy reads."""
         program = self.captured.program
         stack = program.part_of[number][0]
         reads = (

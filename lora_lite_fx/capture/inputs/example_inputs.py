@@ -101,8 +101,7 @@ def _text(values: Values) -> Inputs:
     inputs = {name: values.tokens(SEQUENCE) for name in names}
     if "attention_mask" in values.parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    has_decoder = values.config.is_encoder_decoder and "decoder_input_ids" in values.parameters
-    if has_decoder and "labels" not in values.parameters:
+    if values.has_decoder and "labels" not in values.parameters:
         inputs["decoder_input_ids"] = values.tokens(SEQUENCE)
     if "visual_bbox" in values.parameters:
         inputs["bbox"] = _boxes(values)
@@ -160,13 +159,7 @@ def _tried(values: Values, form: Inputs, problems: list[str]) -> Inputs | None:
 
 
 def _with_sound(values: Values, form: Inputs, inputs: Inputs) -> Inputs:
-    """Return inputs with sound too, which the model takes beside what `form` has; `inputs` and a warning if none runs.
-
-    Args:
-        values: of the model.
-        form: text, which may show images.
-        inputs: all that belongs to it.
-    """
+    """Return `form` with sound and all that belongs to both; `inputs`, which lack the sound, and warn if none runs."""
     problems: list[str] = []
     for sound in sounds(values):
         if (heard := _tried(values, {**form, **sound}, problems)) is not None:

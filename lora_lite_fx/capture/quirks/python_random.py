@@ -66,12 +66,7 @@ def _uniform_unless_idle(uniform: Callable[[float, float], float]) -> Callable[[
 
 
 class _Undrawn:
-    """A random number that is drawn where it matters: it is not below its least value. There is no other use of it.
-
-    Args:
-        a, b: it is between them.
-        uniform: draws it.
-    """
+    """A random number between two that is drawn where it matters: it is not below the lesser. There is no other use."""
 
     def __init__(self, a: float, b: float, uniform: Callable[[float, float], float]) -> None:
         self._least = min(a, b)

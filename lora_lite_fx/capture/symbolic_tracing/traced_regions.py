@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ...compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, RegionMode
+from ...errors import COMPILE_INSTEAD, CaptureError
 from ..refusal import own_line
 
 
@@ -36,19 +37,7 @@ class RecordedRegions(RegionMode):  # type: ignore[misc]
         return self._tracer.create_proxy("call_function", func, args, {})
 
 
-class LeftChanged(Exception):
-    """A model ends in another mode than it began in, goes to one that it computes, or asks which one it is in.
-
-    Args:
-        node: that sets the mode.
-    """
-
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__()
-        self.where = own_line(node.stack_trace or "")
-
-
-def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
+def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph, model: str) -> None:
     """Let each region of autograd end in the mode that it began in, in place.
 
     A trace knows the values of the modes and not whether one is the caller's. So there are two traces, which tell.
@@ -56,9 +45,10 @@ def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
     Args:
         graph: traced in the mode with gradients.
         without: the same, traced in the mode without.
+        model: the class of the model, for messages.
 
     Raises:
-        LeftChanged: the model ends without gradients; it computes a mode, or has other regions in one of the traces.
+        CaptureError: the model ends without gradients; it computes a mode, or has other regions in one of the traces.
     """
     mode = caller = (True, False)  # in the two traces
     begun: list[tuple[tuple[Any, Any], fx.Node]] = []  # regions: the mode before, and the node that has it
@@ -66,7 +56,7 @@ def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
         each.find_nodes(op="call_function", target=SET_GRAD_ENABLED, sort=True) for each in (graph, without)
     )
     if len(changes) != len(others):
-        raise LeftChanged([*changes, *others][0])
+        raise _left_changed(model, [*changes, *others][0])
     for node, other in zip(changes, others, strict=True):
         new = node.args[0], other.args[0]
         if begun and begun[-1][0] == new:
@@ -81,12 +71,21 @@ def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
             with graph.inserting_before(node):
                 begun.append((mode, graph.call_function(torch.is_grad_enabled)))
         else:
-            raise LeftChanged(node)
+            raise _left_changed(model, node)
         mode = new
     if begun:
         if not mode[0]:
-            raise LeftChanged(changes[-1])
+            raise _left_changed(model, changes[-1])
         _end(graph, begun, graph.output_node())
+
+
+def _left_changed(model: str, node: fx.Node) -> CaptureError:
+    """Return the error for a model that does not go back to the mode that it began in; `node` sets another."""
+    return CaptureError(
+        f"{model} switches autograd{own_line(node.stack_trace or '')}, and does not go back to the mode of the"
+        " caller, or asks for it, as a graph cannot. The way out: a region (with torch.no_grad():) that does not"
+        f" depend on the caller, or {COMPILE_INSTEAD}."
+    )
 
 
 def _end(graph: fx.Graph, regions: list[tuple[tuple[Any, Any], fx.Node]], before: fx.Node) -> None:

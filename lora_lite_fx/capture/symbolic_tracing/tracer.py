@@ -14,14 +14,14 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...compat.torch import SET_GRAD_ENABLED, schema_of
-from ...errors import COMPILE_INSTEAD, CaptureError
+from ...errors import CaptureError
 from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
 from ..refusal import refusal
 from .attention_module import attend, attend_in_function, is_attention
 from .proxies import PLAIN, AskedTypes, Proxy
-from .traced_regions import LeftChanged, RecordedRegions, go_back_to_the_caller
+from .traced_regions import RecordedRegions, go_back_to_the_caller
 
 aten = torch.ops.aten
 
@@ -155,18 +155,11 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
         )
     with torch.enable_grad():
         gm = recorded(model, values)
-    try:
-        if gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED):
-            with torch.no_grad():
-                without = recorded(model, values)
-            go_back_to_the_caller(gm.graph, without.graph)
-            gm.recompile()
-    except LeftChanged as error:
-        raise CaptureError(
-            f"{type(model).__name__} switches autograd{error.where}, and does not go back to the mode of the"
-            " caller, or asks for it, as a graph cannot. The way out: a region (with torch.no_grad():) that does not"
-            f" depend on the caller, or {COMPILE_INSTEAD}."
-        ) from None
+    if gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED):
+        with torch.no_grad():
+            without = recorded(model, values)
+        go_back_to_the_caller(gm.graph, without.graph, type(model).__name__)
+        gm.recompile()
     return gm
 
 

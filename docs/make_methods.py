@@ -38,12 +38,12 @@ from method_facts import (
     stem,
     variants,
 )
+from method_pictures import draw_insertion
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
 from lora_lite_fx.formats.lora_lite import _FORMATS
 from lora_lite_fx.formats.peft.methods import all_forms
-from lora_lite_fx.inspection.insertion_picture import draw_insertion
 
 COMMON = {field.name for field in dataclasses.fields(Variant)}
 MADE = "<!-- Made by docs/make_methods.py from prose.toml and the code: change these, and run it. -->"

@@ -1,4 +1,4 @@
-"""A picture of one adapter at its site: what runs for each input, and what is computed from parameters alone."""
+"""Draw one adapter at its site: what runs for each input, and what is computed from parameters alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from math import ceil
 
 from torch import Tensor, fx, nn
 
-from ..graph.insertion import SHARED, Insertion, insertions
-from ..graph.tensors import attribute_of
-from .svg import CHARACTER, line_through, shorten, sum_sign, text_at
+from lora_lite_fx.graph.insertion import SHARED, Insertion, insertions
+from lora_lite_fx.graph.tensors import attribute_of
+from lora_lite_fx.inspection.svg import CHARACTER, line_through, shorten, sum_sign, text_at
 
 _HEIGHT = 46.0  # of a box
 _PITCH = 84.0  # from row to row
@@ -91,19 +91,18 @@ class _Step:
         return max(54.0, CHARACTER * len(self.label) + 22, 6.8 * len(self.note) + 20)
 
 
-def draw_insertion(gm: fx.GraphModule, site: str, label: str = "") -> str:
+def draw_insertion(gm: fx.GraphModule, site: str) -> str:
     """Return a picture of the adapter at a site of `gm` as one SVG file, in a light and a dark form.
 
     Args:
         gm: a graph with an adapter at `site`, and nothing beside it: the graph of a model of one linear.
         site: the name of the site.
-        label: what a screen reader says of the picture.
     """
     insertion = next(each for each in insertions(gm.graph) if each.site == site)
     first = next(node for node in gm.graph.nodes if node.op == "placeholder")
     steps = _steps(gm, insertion, first)
     _place(steps, first)
-    return _svg(steps, first, label or f"{insertion.variant} at {site}")
+    return _svg(steps, first, f"{insertion.variant} at {site}")
 
 
 # What there is to draw.

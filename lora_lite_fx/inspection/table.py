@@ -29,8 +29,7 @@ from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight
 from ..sites.unmatched import LeftOut, find_left_out
 from ..text_table import Folded, fold, text_table
-from .pass_reports import ProgramReport
-from .shown_program import program
+from .shown_program import ProgramReport, program
 from .site_rows import LeftOutRow, SiteRow
 
 Row = TypeVar("Row", SiteRow, LeftOutRow)

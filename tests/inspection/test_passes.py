@@ -14,7 +14,7 @@ import transformers
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
 from lora_lite_fx.graph.insertion import is_inserted
-from lora_lite_fx.inspection.pass_reports import summarized
+from lora_lite_fx.inspection.shown_program import summarized
 from lora_lite_fx.passes import OPTIMIZATIONS, Declined
 from tests.inspection.test_inspect import LLAMA
 

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat.bitsandbytes import unpacked_for_cpu
 from ..errors import is_instance_of
 from .affine import AffineRows
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, detached, fields, not_supported
 
 
 def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
@@ -48,8 +48,8 @@ def _four_bit(module: Any) -> StoredWeight:
     dequantize = FourBit(
         tuple(state.shape), state.dtype, state.blocksize, state.quant_type, nested.blocksize if nested else 0
     )
-    again = partial(_four_bit_like, module, dequantize)
-    return StoredWeight(state.quant_type, detached(tensors), dequantize, again, module.compute_dtype)
+    store = partial(_store_four_bit, form=dequantize)
+    return StoredWeight(state.quant_type, detached(tensors), dequantize, store, module.compute_dtype)
 
 
 def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
@@ -63,7 +63,7 @@ def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
     if scale is None or module.weight.dtype is not torch.int8:
         raise _not_quantized("Linear8bitLt")
     tensors = {"weight": module.weight.data, "weight_scale": scale}
-    return StoredWeight("int8", detached(tensors), EightBit(dtype), partial(_eight_bit_like, module))
+    return StoredWeight("int8", detached(tensors), EightBit(dtype), _store_eight_bit)
 
 
 def _four_bit_rows(module: Any) -> StoredWeight:
@@ -154,28 +154,24 @@ class FourBitRows:
         return (values * scale.unsqueeze(-1)).flatten(-2).to(self.dtype)
 
 
-def _four_bit_like(like: Any, form: FourBit, weight: Tensor) -> nn.Module:
+def _store_four_bit(module: Any, weight: Tensor, form: FourBit) -> None:
     library: Any = importlib.import_module("bitsandbytes")
-    module = copy_over_tensors(like)
     module.weight = library.nn.Params4bit(
         weight.to(form.dtype),
         requires_grad=False,
         blocksize=form.block,
         compress_statistics=bool(form.nested),
         quant_type=form.quant_type,
-        quant_storage=like.quant_storage,
+        quant_storage=module.quant_storage,
         module=module,
     ).to(weight.device)
-    return module  # type: ignore[no-any-return]
 
 
-def _eight_bit_like(like: Any, weight: Tensor) -> nn.Module:
+def _store_eight_bit(module: Any, weight: Tensor) -> None:
     library: Any = importlib.import_module("bitsandbytes")
-    module = copy_over_tensors(like)
     module.state.reset_grads()
     parameter = library.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     module.weight = parameter.to(weight.device)
-    return module  # type: ignore[no-any-return]
 
 
 BITSANDBYTES = Storage(("bitsandbytes.",), _read)

@@ -7,7 +7,6 @@ them compressed, and computes the weight in each call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..compat.torch_modules import parameters_of
 from ..errors import ConfigError
 from .affine import Affine
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, detached, fields, not_supported
 
 _PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
 _PACKED = "pack-quantized"
@@ -32,9 +31,9 @@ def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
         return None
     if scheme.input_activations is not None or scheme.output_activations is not None:
         raise _refused("it rounds its inputs or outputs, and no right gradient passes through that")
-    layer: Any = copy_over_tensors(module)  # because a call of the model changes it
     if scheme.weights is None:
         return None
+    layer: Any = module
     status = _name(layer.quantization_status)
     if status == "decompressed":
         why = "a call of the model decompressed it, and put a cache in the place of its parameters"
@@ -52,7 +51,7 @@ def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
         tensors |= {"weight_zero_point": layer.weight_zero_point}
     affine = Affine(shape, _sizes(scheme.weights, shape), scale.dtype, scale.dtype)
     dequantize = Packed(affine, bits) if packed else affine
-    return StoredWeight(f"{kind} {bits} bits", detached(tensors), dequantize, partial(_quantized_like, layer))
+    return StoredWeight(f"{kind} {bits} bits", detached(tensors), dequantize, _store)
 
 
 def _refused(why: str, way_out: str = "load it with CompressedTensorsConfig(dequantize=True).") -> ConfigError:
@@ -98,23 +97,22 @@ class Packed:
         return values.flatten(1)[:, :columns] - (1 << (self.bits - 1))
 
 
-def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+def _store(module: Any, weight: Tensor) -> None:
     from compressed_tensors.compressors import compress_module
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    module = copy_over_tensors(like)
     weights, shape = module.quantization_scheme.weights, tuple(weight.shape)
-    dense = weight.to(module.weight_scale.dtype)
+    old = module.weight_scale
+    dense = weight.to(old.dtype)
     least, largest = _extremes(dense, _sizes(weights, shape))
     scale, zero_point = calculate_qparams(least, largest, weights)
     for name in ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"):
         parameters_of(module).pop(name, None)
     module.weight = nn.Parameter(dense, requires_grad=False)
-    module.weight_scale = nn.Parameter(scale.reshape(like.weight_scale.shape), requires_grad=False)
+    module.weight_scale = nn.Parameter(scale.reshape(old.shape), requires_grad=False)
     if not weights.symmetric:
         module.weight_zero_point = nn.Parameter(zero_point.reshape(module.weight_scale.shape), requires_grad=False)
     compress_module(module)
-    return module  # type: ignore[no-any-return]
 
 
 def _extremes(weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,12 @@ class Original:
 
     Args:
         module: the module.
-        again: makes a module like it that holds another weight; None if nothing can.
+        store: puts another weight into a copy of it; None if nothing can.
     """
 
-    def __init__(self, module: nn.Module, again: Callable[[Tensor], nn.Module] | None) -> None:
+    def __init__(self, module: nn.Module, store: Callable[[Any, Tensor], None] | None) -> None:
         self.module = module
-        self.again = again
+        self.store = store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
         return self
@@ -50,7 +50,7 @@ class StandIn(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         for registry in (*FORWARD_HOOKS, *HOOKS_WITH_KEYWORDS):
             hooks_of(self, registry).update(hooks_of(module, registry))
-        self.original = Original(copy_over_tensors(module), stored.again)  # as it is now
+        self.original = Original(copy_over_tensors(module), stored.store)  # as it is now
         self.train(module.training)
 
     @property
@@ -90,9 +90,10 @@ class DequantizedLinear(StandIn):
         Raises:
             AdapterError: the storage cannot do that.
         """
-        assert self.original.again is not None
+        assert self.original.store is not None
+        module: nn.Module = copy_over_tensors(self.original.module)
         try:
-            module = self.original.again(weight)
+            self.original.store(module, weight)
         except NotImplementedError as error:
             raise AdapterError(
                 f"A weight cannot be quantized as the frozen one is, because {error}. The way out: merge without"

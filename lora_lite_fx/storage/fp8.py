@@ -7,7 +7,6 @@ rounded, so that the gradient is right. transformers dequantizes such a model wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import is_instance_of
 from .affine import Affine
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, not_supported
+from .stored_weight import Storage, StoredWeight, detached, not_supported
 
 
 def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
@@ -32,7 +31,7 @@ def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
     affine = Affine(shape, tuple(layer.block_size or shape), torch.float32, dtype)
     # No cast that does nothing, because torch.export takes its result for the stored scale from then on.
     dequantize = affine if layer.weight_scale_inv.dtype is torch.float32 else OfExponents(affine)
-    return StoredWeight("fp8", detached(tensors), dequantize, partial(_quantized_like, layer))
+    return StoredWeight("fp8", detached(tensors), dequantize, _store)
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,18 @@ class OfExponents:
         return self.affine(values, scale.to(torch.float32))
 
 
-def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+def _store(module: Any, weight: Tensor) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    old = like.weight_scale_inv
+    old = module.weight_scale_inv
     form = "float" if old.dtype is torch.float32 else "ue8m0"
-    config = SimpleNamespace(weight_block_size=like.block_size, scale_fmt=form)
+    config = SimpleNamespace(weight_block_size=module.block_size, scale_fmt=form)
     quantize: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
     made = quantize.convert({"weight": weight})
     if "weight_scale_inv" not in made:
         raise NotImplementedError("its blocks do not divide it")
-    module = copy_over_tensors(like)
     module.weight = nn.Parameter(made["weight"], requires_grad=False)
     module.weight_scale_inv = nn.Parameter(made["weight_scale_inv"].reshape(old.shape), requires_grad=False)
-    return module  # type: ignore[no-any-return]
 
 
 FP8 = Storage(("transformers.integrations.",), _read)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, detached, fields, not_supported
 
 _PACKED = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """The bits of a value, and how many values an element holds, by the name that HQQ gives to the packing."""
@@ -35,8 +34,7 @@ def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
     held = layer.W_q.view(meta["unpack_view_dtype"]) if meta.get("view_as_float") else layer.W_q
     tensors = {"weight": held, "weight_scale": meta["scale"], "weight_zero": meta["zero"]}
     dequantize = Unpacked(tuple(meta["shape"]), bits, values, _rows(meta), meta["compute_dtype"])
-    again = partial(_quantized_like, layer)
-    return StoredWeight(f"hqq {meta['nbits']} bits", detached(tensors), dequantize, again, layer.compute_dtype)
+    return StoredWeight(f"hqq {meta['nbits']} bits", detached(tensors), dequantize, _store, layer.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,12 @@ def _rows(meta: dict[str, Any]) -> int:
     return int(meta["group_size"] if meta["axis"] == 0 else size // meta["group_size"])
 
 
-def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
-    if not like.quant_config:
+def _store(module: Any, weight: Tensor) -> None:
+    if not module.quant_config:
         raise NotImplementedError("this HQQLinear was loaded, and does not say how it was quantized")
-    module = copy_over_tensors(like)
     del module.W_q  # a parameter, to which HQQ assigns a tensor
-    module.quantize(weight, **like.quant_config)
+    module.quantize(weight, **module.quant_config)
     module.W_q = nn.Parameter(module.W_q, requires_grad=False)
-    return module  # type: ignore[no-any-return]
 
 
 HQQ = Storage(("hqq.",), _read)

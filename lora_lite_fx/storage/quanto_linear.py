@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..compat.quanto import in_plain_order, packed_data, rows_of, scale_of, shift_of
 from ..errors import is_instance_of
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, detached, fields, not_supported
 
 
 def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
@@ -31,8 +30,7 @@ def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
         tensors["weight_shift"] = shift = shift_of(weight)
         zero_point = not shift.dtype.is_floating_point
     dequantize = Grouped(tuple(weight.shape), rows_of(weight), bits, weight.dtype, zero_point)
-    again = partial(_quantized_like, layer)
-    return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, again)
+    return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, _store)
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,10 @@ class Grouped:
         return (scale * q - shift).reshape(self.shape)
 
 
-def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
-    module = copy_over_tensors(like)
-    module.weight = nn.Parameter(weight.to(like.weight.dtype), requires_grad=False)
+def _store(module: Any, weight: Tensor) -> None:
+    module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
     module.freeze()
     module.weight.requires_grad_(False)
-    return module  # type: ignore[no-any-return]
 
 
 QUANTO = Storage(("optimum.",), _read)

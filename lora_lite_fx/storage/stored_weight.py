@@ -23,7 +23,7 @@ class StoredWeight:
             an embedding have a row for each id, but for one called `code`.
         dequantize: makes `W`, or rows of the table of rows of the tensors. It takes the tensors by position, is a
             frozen object that compares by value, holds no tensors, and runs operations that every capture can record.
-        again: makes a module like this one that holds another `W (d_out, d_in)`, quantized in the same way, or raises
+        store: puts another `W (d_out, d_in)` into a copy of the module, quantized in the same way, or raises
             NotImplementedError. None for an embedding.
         compute_dtype: the type in which the module multiplies; None for that of its input.
     """
@@ -31,7 +31,7 @@ class StoredWeight:
     kind: str
     tensors: Mapping[str, Tensor]
     dequantize: Callable[..., Tensor]
-    again: Callable[[Tensor], nn.Module] | None = None
+    store: Callable[[Any, Tensor], None] | None = None
     compute_dtype: torch.dtype | None = None
 
 

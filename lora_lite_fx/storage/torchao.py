@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import is_instance_of
 from .affine import Affine, AffineRows
-from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached
+from .stored_weight import Storage, StoredWeight, detached
 
 _QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 """Attributes of torchao's tensors that are not None if the product quantizes its input too."""
@@ -36,7 +35,7 @@ def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
         dequantize: Any = Affine(tuple(weight.shape), sizes, exact, weight.dtype)
     else:
         dequantize = Rebuilt(type(weight), tuple(names), _Context(context), tuple(weight.shape), weight.stride())
-    return StoredWeight(_kind(weight), detached(tensors), dequantize, partial(_quantized_like, module))
+    return StoredWeight(_kind(weight), detached(tensors), dequantize, _store)
 
 
 def _rows(module: nn.Embedding) -> StoredWeight:
@@ -90,8 +89,8 @@ class _Context:
         return hash(repr(self.value))
 
 
-def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
-    old = like.weight
+def _store(module: Any, weight: Tensor) -> None:
+    old = module.weight
     kind, dense, sizes = type(old), weight.to(old.dtype), tuple(old.block_size)
     row = (1, old.shape[1])
     if is_instance_of(old, "torchao", "IntxUnpackedToInt8Tensor"):
@@ -104,9 +103,7 @@ def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
         made = kind.from_hp(dense, granularity=granularity, **options)
     else:
         raise NotImplementedError(f"{kind.__name__} with blocks of {sizes} cannot be quantized again")
-    module = copy_over_tensors(like)
     module.weight = nn.Parameter(made, requires_grad=False)
-    return module  # type: ignore[no-any-return]
 
 
 def _kind(weight: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..hugging_face.adapt import adapt
 from ..hugging_face.adapted_model import Adapted
 from ..hugging_face.caches import BATCH, LENGTH, PAST, Decoder, opened, probe, uncut_windows
+from ..hugging_face.capture_call import with_forward
 from ..rewriting.capture import base_graph
 from .served_graph import Tensors, as_graph, inputs_by_name
 
@@ -129,8 +129,4 @@ def _step(cls: type, decoder: Decoder, names: tuple[str, ...], outputs: Sequence
             found |= {f"present_key_{index}": layer.keys, f"present_value_{index}": layer.values}
         return found
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])  # type: ignore[attr-defined]
-    return type(
-        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    )
+    return with_forward(cls, forward, names)

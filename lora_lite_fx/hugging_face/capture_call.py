@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -228,10 +228,13 @@ def _flat(cls: type, call: CapturedCall, outcomes: Outcomes, as_long: list[tuple
         return found
 
     # All are optional, because a capture passes layouts by itself.
+    return with_forward(cls, forward, call.leaves, default=None)
+
+
+def with_forward(cls: type, forward: Any, names: Iterable[str], default: Any = inspect.Parameter.empty) -> type:
+    """Return a subclass of `cls`, by the same name, whose `forward` takes arguments of these names."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter("self", kind)]
-    parameters += [inspect.Parameter(name, kind, default=None) for name in call.leaves]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return type(
-        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    )
+    arguments = [inspect.Parameter(name, kind, default=default) for name in names]
+    forward.__signature__ = inspect.Signature([inspect.Parameter("self", kind), *arguments])
+    members = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), members)

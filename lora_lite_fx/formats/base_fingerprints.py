@@ -12,13 +12,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..adapters.accounting import account_for
 from ..adapters.placement import graph_of
-from ..adapters.variant import Variant
 from ..compat.torch import version_of
 from ..errors import CheckpointError, counted
 from ..graph.direct_calls import ORDINARY
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..rewriting.adapted_linear import AdaptedLinear
+from ..rewriting.choose_sites import NewAdapter
 from ..sites.site import Site, stored_weight
 
 
@@ -81,17 +81,13 @@ def fingerprints(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
 
 
 def check_base(
-    gm: fx.GraphModule,
-    placed: Sequence[tuple[Variant, Sequence[Site]]],
-    prints: Mapping[str, str],
-    path: object,
-    stacklevel: int,
+    gm: fx.GraphModule, plans: Sequence[NewAdapter], prints: Mapping[str, str], path: object, stacklevel: int
 ) -> None:
     """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
 
     Args:
         gm: the graph.
-        placed: the adapters with their sites.
+        plans: the adapters with their sites.
         prints: the fingerprints of the weights that they were made for, by site.
         path: of the file, for messages.
         stacklevel: as for `warnings.warn`, seen from here.
@@ -99,16 +95,16 @@ def check_base(
     Raises:
         CheckpointError: they differ, and a variant means nothing on other weights.
     """
-    sites = {site.name: site for _, targets in placed for site in targets}
+    sites = {site.name: site for plan in plans for site in plan.sites}
     other = {name for name, site in sites.items() if prints.get(name) != fingerprint_at(gm, site)}
-    for variant, targets in placed:
-        differ = [site.name for site in targets if site.name in other]
+    for plan in plans:
+        differ = [site.name for site in plan.sites if site.name in other]
         if not differ:
             continue
         message = (
-            f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
-            f" {len(differ)} of {counted(len(targets), 'site')} ({differ[0]}, ...)"
+            f"{path}: the {type(plan.variant).__name__} adapter was made for other weights than the model's, at"
+            f" {len(differ)} of {counted(len(plan.sites), 'site')} ({differ[0]}, ...)"
         )
-        if variant.ties_to_weight:
+        if plan.variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
         warnings.warn(f"{message}.", stacklevel=stacklevel)

@@ -37,7 +37,7 @@ from ..rewriting.choose_sites import NewAdapter
 from ..sites.site import stored_weight
 from .atomic_writing import write_atomically
 from .base_fingerprints import check_base
-from .filed_adapter import FiledAdapter, check_sites_exist, insert_filed, sites_in
+from .filed_adapter import FiledAdapter, Fitting, insert_filed
 from .gathered import Held, gathered, held_by, write_once
 from .safetensors_files import check_finite
 from .untrusted_files import as_path, check_file, foreign_file_hint, read_safetensors
@@ -242,9 +242,10 @@ def _buffers_read_by(gm: fx.GraphModule, model: object, file: Checkpoint) -> dic
 
 def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
     """Return the adapters of a file at the sites of a graph, after checks of everything that can be wrong."""
-    sites = sites_in(gm)
+    fitting = Fitting(gm, file.path)
     for _, _, names in file.adapters:
-        check_sites_exist(gm, sites, names, file.path)
+        fitting.check_sites_exist(names)
+    sites = fitting.sites
     plans = [NewAdapter(variant, [sites[each] for each in names], {}, name) for name, variant, names in file.adapters]
     expected: dict[str, Tensor] = {}
     places: list[dict[str, dict[str, str]]] = []
@@ -265,8 +266,7 @@ def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
                     expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     except ConfigError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    base = [(plan.variant, plan.sites) for plan in plans]
-    check_base(gm, base, file.document["fingerprint"], file.path, stacklevel=5)
+    check_base(gm, plans, file.document["fingerprint"], file.path, stacklevel=5)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
         check_fit(expected, {name: value for name, value in file.tensors.items() if name not in file.buffers})

@@ -51,43 +51,73 @@ class FiledAdapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def sites_in(gm: fx.GraphModule) -> Mapping[str, Site]:
-    """Return the sites of a graph by name."""
-    with phase("found the sites", "finding the sites") as details:
-        sites = gm.derived.sites if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
-        details.append(f"{len(sites)} in the model")
-    return sites
-
-
-def check_sites_exist(gm: fx.GraphModule, sites: Mapping[str, Site], adapted: Iterable[str], path: Path) -> None:
-    """Check that a graph has the sites that a file adapts.
+class Fitting:
+    """Fits the adapters of a file to a graph, the innermost first.
 
     Args:
-        gm: the graph.
-        sites: its sites by name.
-        adapted: names of sites.
+        gm: the graph, which is not changed.
         path: of the file, for messages.
-
-    Raises:
-        CheckpointError: it lacks some; the message has the reason where it is known.
     """
-    missing = [name for name in adapted if name not in sites]
-    if not missing:
-        return
-    present = [name for name, site in sites.items() if site.kind.name == "linear"] or list(sites)
-    message = (
-        f"{path} adapts {counted(len(missing), 'site')} that the model does not have ({', '.join(missing[:3])}, ...);"
-        f" the model has {', '.join(present[:3])}, ..."
-    )
-    reasons = {each.name: each.reason for each in find_left_out(gm, sites.values())}
-    if (name := next(filter(reasons.__contains__, missing), None)) is not None:
-        message += f" For {name}: {reasons[name]}."
-    elif len(prefixes := {_prefix_between(name, sites) for name in missing}) == 1 and (prefix := prefixes.pop()):
-        message += (
-            f" The names differ by the prefix {prefix!r} alone: one of the two models is a part of the other. The way"
-            " out: load onto the class that was adapted, such as AutoModelForCausalLM in place of AutoModel."
+
+    def __init__(self, gm: fx.GraphModule, path: Path) -> None:
+        self.gm, self.path = gm, path
+        self.adapters: list[FiledAdapter] = []  # those that fit
+        with phase("found the sites", "finding the sites") as details:
+            sites = gm.derived.sites if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
+            details.append(f"{len(sites)} in the model")
+        self.sites: Mapping[str, Site] = sites
+
+    def add(self, variant: Variant, tensors: Mapping[str, Mapping[str, Tensor]], rest: Collection[str] = ()) -> None:
+        """Check that an adapter of another library's file fits the graph, around those that were added before.
+
+        Args:
+            variant: the config.
+            tensors: those of each site, by the variant's names.
+            rest: names of tensors that the file may lack, because they follow from the frozen weight or the config.
+
+        Raises:
+            CheckpointError: the file's sites or tensors do not fit the model or the config.
+        """
+        if not tensors:
+            raise CheckpointError(f"{self.path} holds no adapter.")
+        self.check_sites_exist(tensors)
+        targets = [site for name, site in self.sites.items() if name in tensors]
+        inside = {site for adapter in self.adapters for site in adapter.tensors}
+        try:
+            variant = finalize(variant, targets, {})
+            for site in targets:
+                local = variant.for_site(site.name)
+                local.check(site)
+                _check_tensors(local.tensor_specs(site), tensors[site.name], rest, f"{self.path}: {site.name}")
+            check_contract(variant, targets, self.gm, inside)  # after the sizes are known, because it makes tensors
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        self.adapters.append(FiledAdapter(NewAdapter(variant, targets), tensors))
+
+    def check_sites_exist(self, adapted: Iterable[str]) -> None:
+        """Check that the graph has the sites of these names.
+
+        Raises:
+            CheckpointError: it lacks some; the message has the reason where it is known.
+        """
+        sites = self.sites
+        missing = [name for name in adapted if name not in sites]
+        if not missing:
+            return
+        present = [name for name, site in sites.items() if site.kind.name == "linear"] or list(sites)
+        message = (
+            f"{self.path} adapts {counted(len(missing), 'site')} that the model does not have"
+            f" ({', '.join(missing[:3])}, ...); the model has {', '.join(present[:3])}, ..."
         )
-    raise CheckpointError(message)
+        reasons = {each.name: each.reason for each in find_left_out(self.gm, sites.values())}
+        if (name := next(filter(reasons.__contains__, missing), None)) is not None:
+            message += f" For {name}: {reasons[name]}."
+        elif len(prefixes := {_prefix_between(name, sites) for name in missing}) == 1 and (prefix := prefixes.pop()):
+            message += (
+                f" The names differ by the prefix {prefix!r} alone: one of the two models is a part of the other. The"
+                " way out: load onto the class that was adapted, such as AutoModelForCausalLM in place of AutoModel."
+            )
+        raise CheckpointError(message)
 
 
 def _prefix_between(name: str, sites: Iterable[str]) -> str | None:
@@ -97,46 +127,6 @@ def _prefix_between(name: str, sites: Iterable[str]) -> str | None:
         if long.endswith(f".{short}"):
             return long.removesuffix(short)
     return None
-
-
-def fitted(
-    gm: fx.GraphModule,
-    sites: Mapping[str, Site],
-    variant: Variant,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    path: Path,
-    *,
-    rest: Collection[str] = (),
-    inside: Collection[str] = (),
-) -> FiledAdapter:
-    """Check that the adapter of another library's file fits a graph.
-
-    Args:
-        gm: the graph.
-        sites: its sites by name.
-        variant: the config.
-        tensors: those of each site, by the variant's names.
-        path: of the file, for messages.
-        rest: names of tensors that the file may lack, because they follow from the frozen weight or the config.
-        inside: the names of sites that get another adapter of the file before this one.
-
-    Raises:
-        CheckpointError: the file's sites or tensors do not fit the model or the config.
-    """
-    if not tensors:
-        raise CheckpointError(f"{path} holds no adapter.")
-    check_sites_exist(gm, sites, tensors, path)
-    targets = [site for name, site in sites.items() if name in tensors]
-    try:
-        variant = finalize(variant, targets, {})
-        for site in targets:
-            local = variant.for_site(site.name)
-            local.check(site)
-            _check_tensors(local.tensor_specs(site), tensors[site.name], rest, f"{path}: {site.name}")
-        check_contract(variant, targets, gm, inside)  # after the sizes are known, because it makes tensors
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return FiledAdapter(NewAdapter(variant, targets), tensors)
 
 
 def _check_tensors(

@@ -29,7 +29,7 @@ from ..rewriting.capture import capture
 from ..sites.site import Site
 from ..variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoRA, LoRAXS, PiSSA, RoAd
 from .atomic_writing import write_atomically
-from .filed_adapter import fitted, insert_filed, sites_in
+from .filed_adapter import Fitting, insert_filed
 from .gathered import gathered, refuse_stage, write_once
 from .safetensors_files import check_finite
 from .single_adapter import only_adapter, sites_of, weight_of
@@ -172,8 +172,9 @@ def load_lora_lite(
         check_finite(tensors, file, "it is not loaded")
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
-        adapter = fitted(gm, sites_in(gm), variant, by_site, file, rest=form.rest)
-        return insert_filed(gm, [adapter], file, "load_lora_lite", name=name, stack=stack)
+        fitting = Fitting(gm, file)
+        fitting.add(variant, by_site, form.rest)
+        return insert_filed(gm, fitting.adapters, file, "load_lora_lite", name=name, stack=stack)
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

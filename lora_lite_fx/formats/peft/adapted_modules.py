@@ -21,6 +21,7 @@ from ...errors import CheckpointError, ConfigError
 from ...graph.insertion import inner_name
 from ...sites.site import Site
 from ...variants import LoRA
+from ..filed_adapter import Fitting
 from .form import PeftForm
 
 _WRAPPER = ".base_layer"  # stands in a path for each module that PEFT puts around another
@@ -60,26 +61,19 @@ class PeftModule:
 # Reading.
 
 
-def modules_at_sites(
-    model: nn.Module,
-    sites: Mapping[str, Site],
-    modules: Mapping[str, Tensors],
-    targets: Iterable[str],
-    path: object,
-) -> dict[str, PeftModule]:
+def modules_at_sites(fitting: Fitting, modules: Mapping[str, Tensors], targets: Iterable[str]) -> dict[str, PeftModule]:
     """Return what a file has for each site of a graph, by the site's name; also for modules that are not a site.
 
     Args:
-        model: the graph.
-        sites: its sites by name.
+        fitting: the graph and the file.
         modules: the tensors by PEFT's modules.
         targets: the parameters that the config targets.
-        path: of the file, for messages.
 
     Raises:
         CheckpointError: a module holds a site that is not there.
     """
-    wrapped = {place: name for name, place in _wrapped(model, targets).items()}
+    sites, path = fitting.sites, fitting.path
+    wrapped = {place: name for name, place in _wrapped(fitting.gm, targets).items()}
     of_weight = {site.weight: site for site in sites.values()}
     at_sites: dict[str, PeftModule] = {}
     attention: list[PeftModule] = []

@@ -9,19 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ...adapters.patterns import occurs
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...graph.tensors import tensor_of
-from ...sites.site import Site
 from ...variants import Full, TrainableTokens
-from ..filed_adapter import FiledAdapter, fitted
+from ..filed_adapter import Fitting
 from .target_modules import START, exactly, name_patterns
 
 BESIDE = (Full, TrainableTokens)
@@ -129,26 +127,22 @@ def is_beside(key: str) -> bool:
     return key.startswith(PREFIX) and (key.rpartition(".")[2] in ("weight", "bias") or key.endswith(TOKENS))
 
 
-def adapters_beside(
-    gm: fx.GraphModule, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], fields: BesideFields, path: Path
-) -> list[FiledAdapter]:
-    """Return the tensors of a file that train beside its adapter as adapters, and check that the others are the base's.
+def fit_beside(fitting: Fitting, tensors: Mapping[str, Tensor], fields: BesideFields) -> None:
+    """Fit the tensors of a file that train beside its adapter as adapters, and check that the others are the base's.
 
     Args:
-        gm: the graph.
-        sites: its sites by name.
+        fitting: gets the adapters.
         tensors: those of the file whose keys `is_beside` takes and the adapter does not have.
         fields: what the config says of them.
-        path: of the file, for messages.
 
     Raises:
         CheckpointError: one is not a weight or bias of the model, has another shape, or should be the base's and
             differs.
     """
     tokens = {key: tensor for key, tensor in tensors.items() if key.endswith(TOKENS)}
-    adapters = _tokens_of(gm, sites, tokens, fields, path)
+    _fit_tokens(fitting, tokens, fields)
     places: dict[str, tuple[str, str]] = {}
-    for site in sites.values():
+    for site in fitting.sites.values():
         of_site = (("lora_weight", f"{site.name}.weight"), ("lora_weight", site.weight), ("lora_bias", site.bias))
         places |= {name: (site.name, tensor) for tensor, name in of_site if name and name not in places}
     by_site: dict[str, dict[str, Tensor]] = {}
@@ -158,32 +152,27 @@ def adapters_beside(
         name = key.removeprefix(PREFIX).replace(BASE, ".")
         module, _, leaf = name.rpartition(".")
         trains = (BASE not in key and fields.saves(module)) or (leaf == "bias" and fields.bias != "none")
-        frozen = _frozen(gm, name)
+        frozen = _frozen(fitting.gm, name)
         if frozen is not None and frozen.shape != tensor.shape:
-            raise CheckpointError(f"{path}: {_other_shape(name, tensor, frozen)}")
+            raise CheckpointError(f"{fitting.path}: {_other_shape(name, tensor, frozen)}")
         if trains and name in places:
             site_name, own = places[name]
             by_site.setdefault(site_name, {})[own] = tensor
         elif frozen is None or not _same(tensor, frozen):
             raise CheckpointError(
-                f"{path} trains {name}, which is not the weight or bias of a linear, embedding, convolution or norm of"
-                " the model, so that it cannot be represented here."
+                f"{fitting.path} trains {name}, which is not the weight or bias of a linear, embedding, convolution or"
+                " norm of the model, so that it cannot be represented here."
                 if trains
-                else f"{path}: {_not_of_the_base(key, name, frozen)}"
+                else f"{fitting.path}: {_not_of_the_base(key, name, frozen)}"
             )
     for weight in (True, False):
         if chosen := {name: own for name, own in by_site.items() if ("lora_weight" in own) == weight}:
-            inside = [site for adapter in adapters for site in adapter.tensors]
-            full = Full(weight=weight, target_names=exactly(chosen))
-            adapters.append(fitted(gm, sites, full, chosen, path, inside=inside))
-    return adapters
+            fitting.add(Full(weight=weight, target_names=exactly(chosen)), chosen)
 
 
-def _tokens_of(
-    gm: fx.GraphModule, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], fields: BesideFields, path: Path
-) -> list[FiledAdapter]:
-    """Return the trained tokens of a file, at embeddings and the heads that are tied to them."""
-    adapters: list[FiledAdapter] = []
+def _fit_tokens(fitting: Fitting, tensors: Mapping[str, Tensor], fields: BesideFields) -> None:
+    """Fit the trained tokens of a file, at embeddings and the heads that are tied to them."""
+    path, sites = fitting.path, fitting.sites
     taken: dict[str, Tensor] = {}
     named = {key: key.removeprefix(PREFIX).removesuffix(TOKENS) for key in tensors}
     embeddings = {site.name for site in sites.values() if site.kind.token_dim == 1}
@@ -200,10 +189,7 @@ def _tokens_of(
             raise CheckpointError(f"{path} trains tokens of {', '.join(twice)} twice, because its weight is tied.")
         taken |= dict.fromkeys(chosen, tensor)
         by_site = {site: {"lora_shared_tokens": tensor} for site in chosen or [name]}
-        adapters.append(
-            fitted(gm, sites, variant, by_site, path, rest=("lora_shared_ids",), inside=taken.keys() - by_site)
-        )
-    return adapters
+        fitting.add(variant, by_site, ("lora_shared_ids",))
 
 
 def _frozen(gm: nn.Module, name: str) -> Tensor | None:

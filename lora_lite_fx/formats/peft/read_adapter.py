@@ -15,10 +15,10 @@ from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...sites.site import Site
 from ..base_fingerprints import check_base
-from ..filed_adapter import FiledAdapter, fitted, sites_in
+from ..filed_adapter import FiledAdapter, Fitting
 from .adapted_modules import PeftModule, modules_at_sites
 from .base_model import compare_names
-from .beside import adapters_beside
+from .beside import fit_beside
 from .form import PeftAdapter, check_site
 from .peft_config import form_of_config, read_config
 from .target_modules import exactly
@@ -71,30 +71,23 @@ def adapters_at_sites(gm: fx.GraphModule, adapter: PeftAdapter) -> list[FiledAda
     Warns:
         UserWarning: the base is another, or is called otherwise; or a module trains otherwise than in PEFT.
     """
-    path, prints, sites = adapter.path, adapter.prints, sites_in(gm)
+    prints, fitting = adapter.prints, Fitting(gm, adapter.path)
     if prints is None:
-        compare_names(gm, adapter.config, path)
-    adapters = adapters_beside(gm, sites, adapter.beside, adapter.fields, path)
+        compare_names(gm, adapter.config, adapter.path)
+    fit_beside(fitting, adapter.beside, adapter.fields)
     if not adapter.form.beside_only:
-        targets = adapter.config.get("target_parameters") or ()
-        modules = modules_at_sites(gm, sites, adapter.modules, targets, path)
+        modules = modules_at_sites(fitting, adapter.modules, adapter.config.get("target_parameters") or ())
         if prints is not None:  # zeros may fill up an attention module, see `adapted_modules.py`
             modules = {site: module for site, module in modules.items() if site in prints or not module.is_empty}
-        adapters.append(_at_sites(gm, sites, adapter, modules, [site for each in adapters for site in each.tensors]))
-    if not adapters:
-        raise CheckpointError(f"{path} holds no adapter.")
+        _fit(fitting, adapter, modules)
+    if not fitting.adapters:
+        raise CheckpointError(f"{adapter.path} holds no adapter.")
     if prints is not None:
-        check_base(gm, [(each.plan.variant, each.plan.sites) for each in adapters], prints, path, stacklevel=4)
-    return adapters
+        check_base(gm, [each.plan for each in fitting.adapters], prints, adapter.path, stacklevel=4)
+    return fitting.adapters
 
 
-def _at_sites(
-    gm: fx.GraphModule,
-    sites: Mapping[str, Site],
-    adapter: PeftAdapter,
-    modules: Mapping[str, PeftModule],
-    inside: list[str],
-) -> FiledAdapter:
+def _fit(fitting: Fitting, adapter: PeftAdapter, modules: Mapping[str, PeftModule]) -> None:
     try:
         variant = _with_names_of_sites(adapter.variant, modules)
         for module in modules.values():
@@ -102,8 +95,7 @@ def _at_sites(
                 check_site(adapter.form, variant, site)
     except ConfigError as error:
         raise CheckpointError(f"{adapter.path}: {error}") from error
-    tensors = {site: module.tensors for site, module in modules.items()}
-    return fitted(gm, sites, variant, tensors, adapter.path, rest=adapter.form.rest, inside=inside)
+    fitting.add(variant, {site: module.tensors for site, module in modules.items()}, adapter.form.rest)
 
 
 def _with_names_of_sites(variant: Variant, modules: Mapping[str, PeftModule]) -> Variant:

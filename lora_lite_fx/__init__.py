@@ -52,7 +52,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .formats.diffusers_files import load_diffusers, save_diffusers
     from .formats.lora_lite import load_lora_lite, save_lora_lite
     from .formats.peft.directory import adapter_state_dict, load_peft, save_peft, to_peft_config
-    from .formats.peft.peft_config import from_peft_config
+    from .formats.peft.read_adapter import from_peft_config
     from .hugging_face.adapt import adapt
     from .inspection.shown_program import program
     from .inspection.table import inspect

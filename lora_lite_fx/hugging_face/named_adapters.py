@@ -13,7 +13,7 @@ from ..adapters.placement import adapter_names
 from ..adapters.switches import active, scaled
 from ..errors import CheckpointError, ConfigError, is_instance_of
 from ..formats.any_file import load_any
-from ..formats.peft.peft_config import from_peft_config
+from ..formats.peft.read_adapter import from_peft_config
 from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.named import act_as_before, acting_now, add, delete

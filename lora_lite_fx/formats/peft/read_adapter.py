@@ -1,15 +1,16 @@
-"""Read an adapter in the form in which PEFT has it: first without a model, then at the sites of a graph."""
+"""Read what PEFT has: a config; and an adapter, first without a model, then at the sites of a graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
@@ -18,10 +19,44 @@ from ..base_fingerprints import check_base
 from ..filed_adapter import FiledAdapter, Fitting
 from .adapted_modules import PeftModule, modules_at_sites
 from .base_model import compare_names
-from .beside import fit_beside
+from .beside import BesideFields, fit_beside
 from .form import PeftAdapter, check_site
-from .peft_config import form_of_config, read_config
-from .target_modules import exactly
+from .methods import form_of_config
+from .target_modules import exactly, with_targets_of
+
+
+def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant | list[Variant]:
+    """Return the variant that a PEFT config describes, with its targets as patterns of names.
+
+    Args:
+        config: a `PeftConfig`, or the content of an `adapter_config.json`.
+        model: the model to adapt, whose modules `target_modules="all-linear"` and PEFT's default targets (None) name.
+
+    Returns:
+        The config of the adapter. If PEFT trains whole modules or biases beside it (`modules_to_save`, `bias`, the head
+        of a classifier), a list: those as `Full`, and the adapter last.
+
+    Raises:
+        ConfigError: it asks for something that cannot be represented here, or for a start that no new adapter has
+            here; the message says what.
+    """
+    with _refusing_other_values():
+        fields = dict(config if isinstance(config, Mapping) else config.to_dict())
+        form = form_of_config(fields)
+    if model is not None:
+        fields = with_targets_of(fields, form.default_tables(), model)
+    with _refusing_other_values():
+        variant = form.variant_of(fields, new=True)
+    beside = BesideFields.of(fields, form.name).configs(variant)
+    return [*beside, variant] if beside else variant
+
+
+@contextmanager
+def _refusing_other_values() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, RecursionError) as error:
+        raise ConfigError(f"It is not a config of PEFT: {error}.") from error
 
 
 def read_adapter(
@@ -46,8 +81,9 @@ def read_adapter(
         UserWarning: PEFT trained it otherwise, or on a base that the file does not tell of.
     """
     try:
-        form = form_of_config(config)
-        variant = read_config(form, config, new=False)
+        with _refusing_other_values():
+            form = form_of_config(config)
+            variant = form.variant_of(config, new=False)
     except ConfigError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
     adapter = form.read(PeftAdapter(form, config, variant, tensors, path, prints))

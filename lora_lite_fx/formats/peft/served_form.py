@@ -18,7 +18,7 @@ from .adapted_modules import check_module
 from .base_model import base_fields
 from .beside import PREFIX
 from .form import PeftForm
-from .peft_config import form_of
+from .methods import form_of
 from .server_rules import SERVERS, ServerRules
 from .target_modules import covering
 

@@ -20,8 +20,8 @@ from .base_model import base_fields
 from .beside import BESIDE
 from .beside_written import placements_beside, trains_beside_only, write_beside
 from .form import PeftForm, check_site
+from .methods import form_of
 from .methods.peft_tuned_weights import as_method
-from .peft_config import form_of
 from .target_modules import covering
 
 

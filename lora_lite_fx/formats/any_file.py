@@ -13,16 +13,17 @@ from ..adapters.changed_buffers import check_same_buffers, moved_buffers, moved_
 from ..adapters.slot_optimizer import bank_placements
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.bank_slots import slot_alone, write_slot
+from ..rewriting.capture import capture
 from ..rewriting.factors import Factors, known_changes
 from ..rewriting.rewrite import remove
 from ..rewriting.sums import change_of, graph_with_adapters
 from .atomic_writing import write_atomically
 from .base_fingerprints import fingerprint_at
-from .checkpoint import adapters_of_checkpoint, file_of, load, read_checkpoint
-from .diffusers_files import FILE, load_diffusers, read_diffusers
+from .checkpoint import adapters_of_checkpoint, file_of, read_checkpoint
+from .diffusers_files import FILE, read_diffusers
 from .filed_adapter import FiledAdapter, insert_filed, placed_alone
 from .gathered import Held, gathered, write_once
-from .peft.directory import CONFIG, directory_of, load_peft, read_directory
+from .peft.directory import CONFIG, directory_of, read_directory
 from .peft.read_adapter import adapters_at_sites
 from .untrusted_files import as_path
 
@@ -30,58 +31,43 @@ WEIGHTS = "model.safetensors"
 """The name under which a Trainer looks for weights in a checkpoint."""
 
 
+@outside_inference_mode()
 def load_any(
-    model: nn.Module, path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = ""
+    base: fx.GraphModule, path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = ""
 ) -> fx.GraphModule:
     """Load adapters from a file that `save` wrote, a PEFT directory or repository, a checkpoint, or diffusers' file.
 
     Args:
-        model: as for `load`.
+        base: a graph without adapters, which is not changed.
         path: of the file or directory; or "owner/name" of a repository on the Hub.
-        adapter: as for `put_slot`.
         revision: as for `load_peft`.
         subfolder: as for `load_peft`.
 
     Raises:
         CheckpointError, AdapterError, CaptureError: as `load`.
     """
-    kind, where = _kind_of(path, revision, subfolder)
-    if kind == "diffusers":
-        return load_diffusers(model, where)
-    if kind == "peft":
-        return load_peft(model, path, revision=revision, subfolder=subfolder)
-    return load(model, where)
-
-
-def _kind_of(path: str | os.PathLike[str], revision: str | None, subfolder: str) -> tuple[str, Path]:
-    """Return what is at a path, "diffusers", "peft" or "save", and the file or folder that is to be read."""
-    where = Path(path) / subfolder
-    if where.name == FILE or (where / FILE).is_file():
-        return "diffusers", where
-    # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
-    if (where / WEIGHTS).is_file():
-        return "save", where / WEIGHTS
-    if where.is_file():
-        return "save", where
-    if not where.exists() or (where / CONFIG).is_file() or revision is not None:
-        return "peft", where
-    return "save", where / WEIGHTS
+    gm = capture(base)
+    buffers, adapters = _adapters_in(gm, path, revision, subfolder)
+    return insert_filed(gm, adapters, Path(path), "load", name=None, stack=False, buffers=buffers)
 
 
 def _adapters_in(
     graph: fx.GraphModule, path: str | os.PathLike[str], revision: str | None, subfolder: str
 ) -> tuple[dict[str, Tensor], list[FiledAdapter]]:
-    """Return the buffers and the adapters that are at a path, at the sites of a graph, after the checks of `load_any`.
+    """Return the buffers and the adapters that are at a path, at the sites of a graph, after the checks of `load`.
 
     Raises:
-        CheckpointError: as `load_any`.
+        CheckpointError: as `load`, `load_peft` and `load_diffusers`.
     """
-    kind, where = _kind_of(path, revision, subfolder)
-    if kind == "save":
-        return adapters_of_checkpoint(graph, graph, read_checkpoint(as_path(where, "load_slot(model, slot, path)")))
-    if kind == "diffusers":
+    where = Path(path) / subfolder
+    if where.name == FILE or (where / FILE).is_file():
         return {}, adapters_at_sites(graph, read_diffusers(graph, where))
-    return {}, adapters_at_sites(graph, read_directory(directory_of(path, revision, subfolder)))
+    file = where if where.is_file() else where / WEIGHTS
+    is_peft = not where.exists() or (where / CONFIG).is_file() or revision is not None
+    # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
+    if is_peft and not file.is_file():
+        return {}, adapters_at_sites(graph, read_directory(directory_of(path, revision, subfolder)))
+    return adapters_of_checkpoint(graph, graph, read_checkpoint(file))
 
 
 def save_slot(

@@ -116,12 +116,7 @@ def config_and_class(model: str) -> tuple[Any, Any]:
     except Exception as error:
         raise Refused(f"{model} has no config that transformers can read: {error}") from error
     name = next(iter(config.architectures or ()), None)
-    model_class = getattr(transformers, name, None) if name else None
-    if model_class is None:
-        try:
-            model_class = transformers.MODEL_MAPPING[type(config)] if name is None else None
-        except KeyError:
-            model_class = None
+    model_class = getattr(transformers, name, None) if name else transformers.MODEL_MAPPING.get(type(config), None)
     if model_class is None:
         raise Refused(f"{model}: transformers has no class {name or f'for a config of {type(config).__name__}'}")
     return config, model_class

@@ -70,7 +70,14 @@ def render(table: PageData) -> str:
         "legend": _legend(table),
         "blocks": "\n".join(_card(block, most, table) for block in all_blocks),
         "rows": "\n".join(_row(index, row) for index, row in enumerate(table.rows)),
-        "left_out": _left_out(table.left_out) + _unadapted(table.unadapted),
+        "left_out": _listed(
+            "Weights that cannot have an adapter, and why",
+            [f"<code>{escape(row.name)}</code> {escape(row.reason)}" for row in table.left_out],
+        )
+        + _listed(
+            "Sites without an adapter, because the default targets leave them out",
+            [escape(sort.told()) for sort in table.unadapted],
+        ),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # One substitution for all fields, because the text of a field may look like a field itself.
@@ -139,18 +146,8 @@ def _row(index: int, row: SiteRow) -> str:
     )
 
 
-def _left_out(rows: tuple[LeftOutRow, ...]) -> str:
-    items = "".join(f"<li><code>{escape(row.name)}</code> {escape(row.reason)}</li>" for row in rows)
-    return f"\n<h3>Weights that cannot have an adapter, and why</h3>\n<ul>{items}</ul>" if rows else ""
-
-
-def _unadapted(sorts: tuple[Unadapted, ...]) -> str:
-    items = "".join(f"<li>{escape(sort.told())}</li>" for sort in sorts)
-    return (
-        f"\n<h3>Sites without an adapter, because the default targets leave them out</h3>\n<ul>{items}</ul>"
-        if sorts
-        else ""
-    )
+def _listed(title: str, items: list[str]) -> str:
+    return f"\n<h3>{title}</h3>\n<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>" if items else ""
 
 
 def _short(number: int) -> str:

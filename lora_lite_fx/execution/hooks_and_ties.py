@@ -17,7 +17,8 @@ from ..graph.copies import copy_graph
 from ..graph.layers import pieces_of, whole_of
 from ..graph.modes import has_modes, keep_mode
 from .layer_modules import GraphLayer
-from .module_checks import Snapshot, check_modules
+from .module_checks import check_modules
+from .snapshot import Snapshot
 from .tensor_reader import Reader, reader_of
 
 

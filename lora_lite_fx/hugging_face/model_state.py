@@ -21,7 +21,7 @@ from ..adapters.placement import adapter_tensor_names
 from ..capture.origins.hooks import weight_hooks_on
 from ..compat.torch_modules import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
 from ..execution.layer_modules import WRAPPED, user_classes
-from ..execution.module_checks import Snapshot, value_to_compare
+from ..execution.snapshot import Snapshot, value_to_compare
 from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))

@@ -153,8 +153,11 @@ class _TwoModes:
         if in_train is True and in_eval is False:
             return flag
         with self.graph.inserting_before(node):
-            value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
-            total = self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
+            if in_train is False and in_eval is True:  # a number would be no switch
+                value = total = self.graph.call_function(operator.not_, (flag,))
+            else:
+                value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
+                total = self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
         for number in {value, total} if (stack := node.meta.get("nn_module_stack")) else ():
             number.meta["nn_module_stack"] = stack  # so that the layer computes it itself
         return total

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.regions import closes_region, opens_region
 from tests.support.conformance import close, randomise
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 CFG = llfx.LoRA(r=2, target_names=(".",))
@@ -63,6 +63,14 @@ class Within(Layers):
 class Flagged(Layers):
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.training):
+            x = self.a(x)
+        result: Tensor = self.b(x)
+        return result
+
+
+class FlaggedInEvaluation(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not self.training):
             x = self.a(x)
         result: Tensor = self.b(x)
         return result
@@ -131,8 +139,9 @@ class Both(Layers):
         return result
 
 
-MODELS = [NoGrad, Nested, Within, Flagged, Functions, Decorated, Enabled, Detached, Autocast, Both]
-EXPORTED = [kind for kind in MODELS if kind is not Flagged]
+MODELS = [NoGrad, Nested, Within, Flagged, Functions, Decorated, Enabled, Detached, Autocast, Both, FlaggedInEvaluation]
+OF_ONE_MODE = (Flagged, FlaggedInEvaluation)
+EXPORTED = [kind for kind in MODELS if kind not in OF_ONE_MODE]
 CALLERS: dict[str, Callable[[], Any]] = {
     "plain": lambda: torch.enable_grad(),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
@@ -193,8 +202,9 @@ def test_regions_that_are_exported_equal_the_model(kind: Any) -> None:
 
 
 @pytest.mark.broad
-def test_a_region_of_one_mode_alone_that_is_exported_equals_the_model() -> None:
-    require_same(Flagged(), (X[:2],))
+@pytest.mark.parametrize("kind", slow_after(1, OF_ONE_MODE))
+def test_a_region_of_one_mode_alone_that_is_exported_equals_the_model(kind: Any) -> None:
+    require_same(kind(), (X[:2],))
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
 from itertools import repeat
 from operator import getitem, is_
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..compat.torch import version_of
 from ..compat.torch_modules import buffers_of, children_of, parameters_of
 from .layer_modules import plain_class
 
@@ -32,7 +34,7 @@ class Snapshot:
         modules: Mapping[str, nn.Module],
         tensors: Collection[str] | None = None,
         registries: Iterable[dict[Any, Any]] = (),
-        settings: Iterable[tuple[dict[str, Any], str]] = (),
+        settings: Iterable[tuple[Mapping[str, Any], str]] = (),
     ) -> None:
         self._modules = [*modules.values()]
         self._types = [*map(type, self._modules)]
@@ -65,7 +67,8 @@ class Snapshot:
                 [*map(type, self._modules)] == self._types
                 and [*map(len, self._sized)] == self._sizes
                 and self._registries == self._registered
-                and [*map(getitem, self._owners, self._names)] == self._values
+                # Ours on the left, so that `Same` compares, and not the class of an array or a table.
+                and self._values == [*map(getitem, self._owners, self._names)]
                 and self._is_none_now() == self._is_none
                 and [kind.forward for kind in self._forwards] == [*self._forwards.values()]
             )
@@ -83,6 +86,49 @@ class Snapshot:
         return ""
 
 
+class Same:
+    """An object to compare with later: it equals itself alone, whatever its class compares, and a tensor until written.
+
+    Args:
+        value: the object.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._writes = _writes_to(value)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Same):
+            return self.value is other.value and self._writes == other._writes
+        return self.value is other and self._writes == _writes_to(other)
+
+
+def _writes_to(value: Any) -> int:
+    """Return how often a tensor was written to; 0 for parameters, which graphs read in each call."""
+    is_constant = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    return version_of(value) if is_constant and not value.is_inference() else 0
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_CONTAINERS = (list, tuple, dict, set)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a number, a text or the like, or consists of such."""
+    if type(value) is dict:
+        return all(map(is_plain, value.values()))
+    return all(map(is_plain, value)) if type(value) in _CONTAINERS else isinstance(value, _PLAIN)
+
+
 def value_to_compare(value: Any) -> Any:
-    """Return a value to compare with later: a copy of a container, which may change in place."""
-    return copy.copy(value) if type(value) in (list, dict) else value
+    """Return a value to compare with later: a copy of a container, which may change in place; an object as itself."""
+    if type(value) is dict:
+        return {key: value_to_compare(item) for key, item in value.items()}
+    if type(value) is set:
+        return set(value)
+    if type(value) in _CONTAINERS:
+        return type(value)(map(value_to_compare, value))
+    kind: Any = type(value)
+    return value if isinstance(value, _PLAIN) or kind.__eq__ is object.__eq__ else Same(value)

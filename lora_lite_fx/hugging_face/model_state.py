@@ -6,12 +6,10 @@ A graph has them as they were when it was captured, whereas it reads the tensors
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,18 +19,9 @@ from ..adapters.placement import adapter_tensor_names
 from ..capture.origins.hooks import weight_hooks_on
 from ..compat.torch_modules import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
 from ..execution.layer_modules import WRAPPED, user_classes
-from ..execution.snapshot import Snapshot, value_to_compare
+from ..execution.snapshot import Same, Snapshot, value_to_compare
 from ..graph.layers import is_layer
-
-_NUMBERS = (bool, int, float, str, type(None))
-
-_NO_PART_OF_GRAPHS = frozenset(
-    (
-        *("training", "gradient_checkpointing", "_gradient_checkpointing_func", "forward"),
-        *("warnings_issued", "model_tags", "name_or_path"),
-    )
-)
-"""Each call looks at the first three, and a new `forward` is warned of. The others are notes of trainers and files."""
+from .settings import names_in_code, settings_of
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
@@ -46,7 +35,7 @@ class _Module(NamedTuple):
         kind: its class.
         tensors: the names of its own parameters and buffers that it has, without those of adapters.
         lost: the names of tensors of adapters that it should have and does not, because another module is in its place.
-        settings: its numbers and functions by name, and lists, tuples and dicts of numbers.
+        settings: its settings by name.
         has_own_forward: whether `forward` of its class is replaced on it.
     """
 
@@ -64,7 +53,7 @@ class _Module(NamedTuple):
         named = (*parameters_of(module).items(), *buffers_of(module).items())
         computed: Any = module.parametrizations if is_parametrized(module) else ()
         present = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
-        own = {name: value_to_compare(value) for name, value in attributes.items() if _is_setting(module, name)}
+        own = {name: value_to_compare(owner[key]) for name, owner, key in settings_of(module)}
         settings = {name: attributes.get(name) for name in _LATER} | own | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
         return cls(module, type(module), present - adapters, adapters - present, settings, "forward" in attributes)
 
@@ -84,7 +73,7 @@ class _Module(NamedTuple):
             if now.settings[name] != value:
                 return f".{name} is {_shown(now.settings[name])}, and was {_shown(value)}"
         for name in sorted(now.settings.keys() - self.settings.keys()):
-            if now.settings[name] is not None and name in _names_in_code(now.kind):  # None: models forget a tensor so
+            if now.settings[name] is not None and name in names_in_code(now.kind):  # None: models forget a tensor so
                 return f".{name} was added"
         return ""
 
@@ -140,12 +129,7 @@ class ModelState:
         self._snapshot = Snapshot(
             modules,
             registries=(hooks_of(module, FORWARD_PRE_HOOKS) for module in modules.values()),
-            settings=(
-                (vars(module), name)
-                for module in modules.values()
-                for name in vars(module)
-                if _is_setting(module, name)
-            ),
+            settings=((owner, key) for module in modules.values() for _, owner, key in settings_of(module)),
         )
 
     def _warn_of_forwards(self, before: dict[str, _Module]) -> None:
@@ -194,29 +178,6 @@ def _found_in(kind: type) -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def _names_in_code(kind: Any, of_modules: bool = True) -> frozenset[str]:
-    """Return the names and texts in the code of a class and its bases, and the names of what they define.
-
-    Their code reads no attribute of another name: trainers put such attributes on models as notes.
-
-    Args:
-        kind: the class.
-        of_modules: the bases that are modules. Otherwise the others, such as the mixin of transformers that generates:
-            it notes on the model how long its last cache was, and `forward` does not run it.
-    """
-    bases = [base for base in user_classes(kind) if issubclass(base, nn.Module) == of_modules]
-    members = [member for base in bases for member in vars(base).items()]
-    names = {name for name, _ in members}
-    functions = [member.fget if isinstance(member, property) else member for _, member in members]
-    codes = [inspect.unwrap(function).__code__ for function in functions if isinstance(function, FunctionType)]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return frozenset(names)
-
-
 def _wraps_once_more(value: Any, inherited: Any) -> bool:
     """Return whether a method is what the class inherits, in one more wrapper of the same kind.
 
@@ -227,18 +188,7 @@ def _wraps_once_more(value: Any, inherited: Any) -> bool:
     return value.__code__ is inherited.__code__ and vars(value).get("__wrapped__") is inherited
 
 
-def _is_setting(module: nn.Module, name: str) -> bool:
-    if name in _NO_PART_OF_GRAPHS:
-        return False
-    value = vars(module)[name]
-    if name.startswith("_"):  # torch and transformers have objects of many kinds under such names
-        is_simple = (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
-        cls: Any = type(module)
-        is_note = name in _names_in_code(cls, of_modules=False) and name not in _names_in_code(cls)
-        return is_simple and not is_note
-    parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
-    return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
-
-
 def _shown(value: Any) -> str:
+    if isinstance(value, Same):
+        value = value.value
     return getattr(value, "__qualname__", None) or repr(value)

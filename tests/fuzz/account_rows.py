@@ -95,6 +95,7 @@ def modules() -> list[Row]:
             "modules", "another class, of an adapted module", cells(NO_CLASS), change=ops.Exchange("b0.up", "class").of
         ),
         Row("modules", "numbers and lists", cells(NO_MODULE), Subject(("Settings", "MLP")), ops.Setting("b0").of),
+        Row("modules", "objects, lists in lists", cells(NO_MODULE), Subject(("Objects", "MLP")), ops.Setting("b0").of),
         Row("modules", "forward replaced", cells(on_instance, adapt=on_instance), change=ops.Forward("b0.up").of),
         Row("modules", "forward replaced, before capture", EVERYWHERE, before=ops.Forward("b0.act").of),
         Row("hooks", "a forward hook, before capture", hooked, before=ops.Hook("b0.up").of),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -233,3 +234,13 @@ class Settings(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return x * self.gain + sum(tap * x for tap in self.taps)
+
+
+@block
+class Objects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.options, self.table = SimpleNamespace(gain=1.5), [[1.0], [0.5]]
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.options.gain + sum(taps[0] * x for taps in self.table)

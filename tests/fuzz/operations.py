@@ -169,7 +169,7 @@ class Buffer(Change):
 
 @dataclass(frozen=True)
 class Setting(Change):
-    """Another number or list on a part."""
+    """Another number or list on a part, or on an object that it has."""
 
     def of(self, model: nn.Module) -> None:
         part = part_of(model, self.part)
@@ -178,13 +178,16 @@ class Setting(Change):
         elif hasattr(part, "gain"):
             part.gain = 3.0
             part.taps = [0.25]
+        elif hasattr(part, "options"):
+            part.options.gain = 3.0
+            part.table[1][0] = 0.25
         elif hasattr(part, "eps"):
             part.eps = 0.5
         else:
             raise Void("no part that has numbers")
 
     def fits(self, part: nn.Module) -> bool:
-        return hasattr(part, "gain") or hasattr(part, "eps") or isinstance(part, nn.Dropout)
+        return any(hasattr(part, name) for name in ("gain", "options", "eps")) or isinstance(part, nn.Dropout)
 
     def words(self) -> str:
         return "attribute"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import enum
 import logging
+import sys
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers as hf
@@ -290,6 +294,83 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         assert model._graphs.captures == captures
 
 
+@dataclasses.dataclass
+class Options:
+    scale: float = 2.0
+
+
+class Way(enum.Enum):
+    ADD, MULTIPLY = 1, 2
+
+
+SCALE_OF_FILE = 2.0
+
+
+class HoldsObjects(hf.LlamaForCausalLM):
+    """Multiplies its logits with what objects, containers in containers, private attributes, its class and file say."""
+
+    scale_of_class = 0.5
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.options, self.namespace, self.way = Options(), types.SimpleNamespace(inner=Options()), Way.ADD
+        self.table, self.steps, self._private = [[1.0], [2.0]], [Options()], [1.0]
+        self.tensors, self.names, self.processor = [torch.tensor([2.0])], {"all"}, Factor(0.5)
+        vars(self.processor)["unread"] = torch.ones(2)
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        result = super().forward(input_ids=input_ids, **more)
+        y = result.logits * self.options.scale * self.namespace.inner.scale * self.table[1][0] * self.steps[0].scale
+        y = self.processor(y * self._private[0] * self.tensors[0]) * self.scale_of_class * SCALE_OF_FILE
+        y = 2 * y if self.way is Way.MULTIPLY else y
+        result.logits = 3 * y if "all" in self.names else y
+        return result
+
+
+OBJECTS: dict[str, Callable[[Any], object]] = {
+    "a field of an object": lambda model: setattr(model.options, "scale", 5.0),
+    "an object": lambda model: setattr(model, "options", Options(5.0)),
+    "a field of an object in an object": lambda model: setattr(model.namespace.inner, "scale", 5.0),
+    "a field of a function": lambda model: setattr(model.processor, "factor", 5.0),
+    "a field of an object in a list": lambda model: setattr(model.steps[0], "scale", 5.0),
+    "an object in a list": lambda model: model.steps.__setitem__(0, Options(5.0)),
+    "a list in a list": lambda model: model.table[1].__setitem__(0, 5.0),
+    "a private list": lambda model: model._private.__setitem__(0, 5.0),
+    "a tensor in a list": lambda model: model.tensors.__setitem__(0, torch.tensor([5.0])),
+    "a tensor in a list, written to": lambda model: model.tensors[0].fill_(5.0),
+    "a set": lambda model: model.names.clear(),
+    "an enum": lambda model: setattr(model, "way", Way.MULTIPLY),
+}
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("change", slow_after(2, OBJECTS.values()), ids=OBJECTS)
+def test_an_object_that_the_code_of_a_user_reads_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
+    base: Any = HoldsObjects(one_layer_llama().config)
+    model = llfx.adapt(base.eval(), LORA)
+    randomise(model, 0)
+    model(IDS)
+    captures = model._graphs.captures
+    model.generation_config.max_length = 7
+    model(IDS)
+    assert model._graphs.captures == captures
+    require_acts(change, model)
+    captures = model._graphs.captures
+    model(IDS)
+    assert model._graphs.captures == captures
+
+
+@pytest.mark.broad
+def test_numbers_of_the_class_and_of_the_file_act_in_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = HoldsObjects(one_layer_llama().config)
+    model = llfx.adapt(base.eval(), LORA)
+    before = model(IDS).logits
+    monkeypatch.setattr(HoldsObjects, "scale_of_class", 1.5)
+    torch.testing.assert_close(model(IDS).logits, 3 * before)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE_OF_FILE", 1.0)
+    torch.testing.assert_close(model(IDS).logits, 1.5 * before)
+
+
 class ScaledLater(hf.LlamaForCausalLM):
     """A model that reads an attribute which it does not have at first."""
 
@@ -566,6 +647,32 @@ def test_what_graphs_follow_by_themselves_is_not_a_change(change: Callable[[Any]
     change(model)
     assert state.change() == ""
     assert state.is_as_it_was()
+
+
+class HoldsNumbers(nn.Module):
+    """Has objects with which a comparison is a tensor, an array, or an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array, self.tensors, self.odd = numpy.ones(3), [torch.ones(3)], Odd()
+
+    def forward(self, x: Tensor) -> Any:
+        return x * torch.from_numpy(self.array) * self.tensors[0] if self.odd else x
+
+
+class Odd:
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+
+def test_objects_are_compared_with_themselves_alone() -> None:
+    model = HoldsNumbers()
+    state = ModelState(model)
+    for name, value in (("array", numpy.ones(3)), ("tensors", [torch.ones(3)]), ("odd", Odd())):
+        assert state.is_as_it_was()
+        setattr(model, name, value)
+        assert not state.is_as_it_was()
+        assert state.change().startswith(f"HoldsNumbers.{name} is ")
 
 
 def test_a_function_that_is_put_into_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

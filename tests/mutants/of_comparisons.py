@@ -5,6 +5,7 @@ from .mutant import Mutant
 _CAPTURE, _HUGGING_FACE = "lora_lite_fx/capture/", "lora_lite_fx/hugging_face/"
 _GATES = "tests/capture/test_revealing.py::test_"
 _FIRST = "tests/capture/test_first_calls.py::test_"
+_ASKED = "tests/capture/quirks/test_gradients_asked.py::test_"
 _COMPUTED = "tests/hugging_face/test_computed_arguments.py::test_"
 
 MUTANTS = (
@@ -175,5 +176,26 @@ MUTANTS = (
         "",
         "a graph keeps for good what a clock, an iterator or a generator in Python gave while it was traced",
         "tests/capture/test_constant_answers.py::test_a_number_that_is_another_one_in_each_trace_is_refused",
+    ),
+    Mutant(
+        f"{_CAPTURE}quirks/gradients_asked.py",
+        "func in _ANSWERS and _is_computed(args[0])",
+        "False",
+        "a model that asks whether a tensor has a gradient computes in training as without adapters",
+        f"{_ASKED}a_model_that_computes_otherwise_with_gradients_is_refused",
+    ),
+    Mutant(
+        f"{_CAPTURE}quirks/gradients_asked.py",
+        "if func == Tensor.register_hook:",
+        "if False:",
+        "a hook on a tensor is lost, and with it what it does to gradients",
+        f"{_ASKED}a_hook_on_a_tensor_is_refused_with_the_line_and_the_way_out",
+    ),
+    Mutant(
+        f"{_HUGGING_FACE}settings.py",
+        "            yield from _inside(name, value, _DEEPEST)\n",
+        "",
+        "an adapted model computes with the fields that an object of the user's had when it was captured",
+        "tests/hugging_face/test_model_state.py::test_an_object_that_the_code_of_a_user_reads_acts_in_the_next_call",
     ),
 )

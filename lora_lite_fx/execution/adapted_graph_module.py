@@ -159,7 +159,7 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
                     program = derive_program(self, key)
                 derived.add(program)
             if key.kind == "inference" and self.keeps_values:
-                ids = self.switches.ids
+                ids = self.adapter_ids
                 if program.kept is None or program.kept.ids is not ids:
                     program.keep_values(ids)
             return program

@@ -92,7 +92,7 @@ def optimized_graph(gm: RunsPrograms, key: ProgramKey) -> tuple[fx.Graph, list[P
         Pipeline((LeaveOutInputs(execution.signature.omission(key.left_out)),)).run(draft, kind)
     if switches := _switch_passes(key):
         Pipeline(switches).run(draft, kind)
-    ids, banks = gm.switches.ids, gm.derived.banks
+    ids, banks = gm.adapter_ids, gm.derived.banks
     if kind == "inference" and ids is not None and banks is not None and banks.acting(gm.switches):
         read_ids(draft, ids)
     reports: list[PassReport] = []

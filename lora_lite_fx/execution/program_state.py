@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import AdapterNames, Placement, placements
@@ -168,6 +168,11 @@ class RunsPrograms(fx.GraphModule):
         """Return the places and the names of the inputs whose first dimension is the batch."""
         names = [str(node.target) for node in self.flat_graph.find_nodes(op="placeholder")]
         return tuple((index, names[index]) for index in inputs_with_rows(self.flat_graph))
+
+    @property
+    def adapter_ids(self) -> Tensor | None:
+        """For banks, the slot of each row of the batch, as `by_row` says. Programs that keep values read this name."""
+        return self.switches.ids
 
     def memory_plans(self) -> list[MemoryPlan]:
         """Return the plans of the training programs that were called."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ COMMANDS = {
 }
 """What runs the tests of each tier; a test of two tiers belongs to the later one."""
 
+PROJECT = Path(__file__).parent / "project"
+
 _left_out: Counter[str] = Counter()
 
 
@@ -33,6 +36,21 @@ def _seed() -> None:
 
 # Before the values of a module are drawn, those of its fixtures, and those of the test itself.
 pytest_collectstart = pytest_runtest_setup = pytest_runtest_call = _seed
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the weekly run all but every third of the broad parameters of a test, lest `.ci/run` take too long.
+
+    What documents show is in `tests/project` and runs whole.
+    """
+    met: Counter[str] = Counter()
+    for item in items:
+        if tier(item) == "broad" and hasattr(item, "callspec") and PROJECT not in item.path.parents:
+            test = item.nodeid.partition("[")[0]
+            if met[test] % 3:
+                item.add_marker(pytest.mark.slow)
+            met[test] += 1
 
 
 def pytest_collection_finish() -> None:

@@ -16,7 +16,7 @@ import torch
 import lora_lite_fx as llfx
 from lora_lite_fx import passes
 from lora_lite_fx.passes import GraphPass
-from tests.conftest import COMMANDS
+from tests.conftest import COMMANDS, pytest_collection_modifyitems, tier
 from tests.support.captured import captured
 from tests.support.models import GatedMLP, ids, net
 from tests.support.selection import broad_after, broad_unless, slow_unless
@@ -76,8 +76,8 @@ def test_each_front_door_is_in_the_smoke_tests() -> None:
 def test_the_commands_are_those_of_the_readmes_and_of_ci() -> None:
     assert f" && {COMMANDS['everyday']}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     readme = (TESTS / "README.md").read_text(encoding="utf-8")
-    for tier in ("broad", "slow"):
-        assert f"\n{COMMANDS[tier]}\n" in readme
+    for name in ("broad", "slow"):
+        assert f"\n{COMMANDS[name]}\n" in readme
     expression = shlex.split(COMMANDS["broad"])[-1]
     assert f"-m '{expression}'" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"run: {COMMANDS['slow'].replace('-n 2', '-n auto')}\n" in (
@@ -97,6 +97,36 @@ def test_values_are_marked_once() -> None:
     (first, second) = broad_after(1, [(1, 2), (3, 4)], several=True)
     assert first == (1, 2)
     assert second.values == (3, 4)
+
+
+class Item:
+    """What a tier is told by, of a test with its parameters."""
+
+    def __init__(self, nodeid: str, mark: str) -> None:
+        self.nodeid, self.path, self.callspec, self.marks = (
+            nodeid,
+            TESTS.parent / nodeid.partition("::")[0],
+            None,
+            [mark],
+        )
+
+    def get_closest_marker(self, name: str) -> bool:
+        return name in self.marks
+
+    def add_marker(self, mark: Any) -> None:
+        self.marks.append(mark.name)
+
+
+@pytest.mark.parametrize(
+    ("file", "tiers"),
+    [("tests/ops/test_a.py", "broad slow slow broad slow"), ("tests/project/test_a.py", "broad " * 5)],
+)
+def test_a_third_of_the_broad_parameters_stays_broad(file: str, tiers: str) -> None:
+    items: list[Any] = [Item(f"{file}::test_b[{number}]", "broad") for number in range(5)]
+    everyday: Any = Item(f"{file}::test_b[every day]", "smoke")
+    pytest_collection_modifyitems([everyday, *items])
+    assert [tier(item) for item in items] == tiers.split()
+    assert tier(everyday) == "everyday"
 
 
 def test_a_test_without_a_value_for_every_day_is_refused() -> None:

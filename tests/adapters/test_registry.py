@@ -90,7 +90,7 @@ def test_load_and_adapt_say_which_class_is_missing(tmp_path: Path) -> None:
         llfx.load(llama, file)
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_the_command_line_imports_a_users_module(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my_variants.py").write_text(f"print('imported'){HEADER}{GATE}".replace('"0"', '"q_proj"'))
     (tmp_path / "needs.py").write_text("import not_there_at_all\n")

@@ -482,7 +482,7 @@ def half_net() -> nn.Module:
 
 
 @since("torch", "2.13", "The code of a step with a cache is compiled by g++ with AVX-512")
-@pytest.mark.broad
+@pytest.mark.slow
 def test_a_causal_model_decodes_with_a_cache(tmp_path: Path) -> None:
     model = captured(one_layer_llama, inputs={"input_ids": ids(2, 5) % 32})[0].eval()
     adapted_model = llfx.adapt(model, llfx.LoRA(r=2))

@@ -97,7 +97,7 @@ def test_a_model_without_a_tokenizer_gets_none(config: Any, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_the_base_alone_a_step_with_a_cache_and_a_peft_directory(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,7 +266,7 @@ class Scaled(hf.LlamaForCausalLM):
         return result
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_attributes_of_every_kind_act_in_the_next_call() -> None:
     config = one_layer_llama().config
     base: Any = Scaled(config)

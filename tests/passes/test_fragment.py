@@ -288,7 +288,7 @@ def test_all_sites_of_a_graph_that_knows_its_dimensions_are_right_in_any() -> No
         _same_as_wrap(graph, ByHead(form="dim", target_names="layers"), torch.randn(shape).flip(0))
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 def test_every_variant_of_ours_needs_no_example_inputs() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 12))
     for cls in for_any_linear().values():

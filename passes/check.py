@@ -14,6 +14,7 @@ from ..capture.compare import tolerance_for
 from ..capture.differences import distance, largest
 from ..capture.graph_calls import values_of_call
 from ..capture.outputs import as_before, buffers_of, copied, has_data, results_of
+from ..capture.refusal import in_one_line
 from ..compat.torch import is_wrapped
 from ..errors import CallError, CaptureError
 
@@ -48,7 +49,7 @@ class Check:
         try:
             self.before, self.wrong = self._run(gm)
         except Exception as error:
-            raise CallError(f"check: the graph raises on these inputs before any pass: {_first_line(error)}") from error
+            raise CallError(f"check: the graph raises on these inputs before any pass: {in_one_line(error)}") from error
         self.tolerance = tolerance_for(gm, call)
 
     def complaint(self, gm: fx.GraphModule) -> str:
@@ -56,7 +57,7 @@ class Check:
         try:
             after, wrong = self._run(gm)
         except Exception as error:
-            return f"leaves a graph that raises: {_first_line(error)}"
+            return f"leaves a graph that raises: {in_one_line(error)}"
         before, self.before = self.before, after
         if different := self._differences(before, after):
             return f"changes what the graph computes: {different[0]}"
@@ -184,7 +185,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_kind, value))}]"
     return "missing" if value is None else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -24,6 +24,11 @@ def line_of(frame: FrameType) -> str:
     return f"`{linecache.getline(file, number).strip()}` ({file}:{number})"
 
 
+def is_of_others(frame: FrameType) -> bool:
+    """Return whether the code of a frame is torch's or this library's, and not the model's."""
+    return frame.f_code.co_filename.startswith(OF_OTHERS)
+
+
 def own_line(stack_trace: str) -> str:
     """Return the last line of the model's own code in the stack trace of a node, after a space; empty without one."""
     frames = re.findall(r'File "([^"]*)", line (\d+), in .*\n +(.*)', stack_trace)

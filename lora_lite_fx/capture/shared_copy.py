@@ -116,7 +116,7 @@ class _Rebinding:
         return self.memo[id(value)]
 
     def _function(self, function: FunctionType) -> FunctionType:
-        read = _globals_read(function)
+        read = globals_read(function)
         cells = [(cell, CellType()) for cell in function.__closure__ or ()]
         # A function that reads an original by a global name has the globals of now, with the copy under that name.
         is_global = any(map(self.reaches, read.values()))
@@ -144,7 +144,7 @@ def _held(value: Any) -> Iterable[Any]:
             *contents,
             *(value.__defaults__ or ()),
             *(value.__kwdefaults__ or {}).values(),
-            *_globals_read(value).values(),
+            *globals_read(value).values(),
         )
     if isinstance(value, MethodType):
         return value.__func__, value.__self__
@@ -161,7 +161,7 @@ def contents_of(cell: CellType) -> list[Any]:
         return []
 
 
-def _globals_read(function: FunctionType) -> dict[str, Any]:
+def globals_read(function: FunctionType) -> dict[str, Any]:
     """Return the globals that a function reads, by name; of functions those alone that have the same globals."""
     globals_ = function.__globals__
     found = {name: globals_[name] for name in _names_read(function.__code__) if name in globals_}

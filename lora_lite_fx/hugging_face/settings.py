@@ -7,7 +7,6 @@ what its classes have, and the numbers of its files that it names.
 from __future__ import annotations
 
 import argparse
-import dis
 import functools
 import inspect
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..capture.shared_copy import globals_read
 from ..execution.layer_modules import user_classes
 from ..execution.snapshot import is_plain
 
@@ -75,18 +75,12 @@ def _of_class_and_file(kind: Any) -> tuple[Setting, ...]:
         numbers = [name for name, value in vars(base).items() if not name.startswith("__") and is_plain(value)]
         found += [Setting(f"{base.__name__}.{name}", vars(base), name) for name in numbers]
         for function in _functions_of(base):
-            names = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
             found += [
                 Setting(f"{function.__module__}.{name}", function.__globals__, name)
-                for name in sorted(names)
-                if _is_number_of(function, name)
+                for name, value in sorted(globals_read(function).items())
+                if is_plain(value) or isinstance(value, Tensor)
             ]
     return tuple(found)
-
-
-def _is_number_of(function: FunctionType, name: str) -> bool:
-    file = function.__globals__
-    return name in file and (is_plain(file[name]) or isinstance(file[name], Tensor))
 
 
 def _inside(path: str, value: Any, deepest: int) -> Iterator[Setting]:

@@ -304,6 +304,7 @@ class Way(enum.Enum):
 
 
 SCALE_OF_FILE = 2.0
+SCALE_IN_LOOP = 1.0
 
 
 class HoldsObjects(hf.LlamaForCausalLM):
@@ -322,6 +323,7 @@ class HoldsObjects(hf.LlamaForCausalLM):
         result = super().forward(input_ids=input_ids, **more)
         y = result.logits * self.options.scale * self.namespace.inner.scale * self.table[1][0] * self.steps[0].scale
         y = self.processor(y * self._private[0] * self.tensors[0]) * self.scale_of_class * SCALE_OF_FILE
+        y = y * max(SCALE_IN_LOOP for _ in range(1))  # in a function inside of this one
         y = 2 * y if self.way is Way.MULTIPLY else y
         result.logits = 3 * y if "all" in self.names else y
         return result
@@ -369,6 +371,8 @@ def test_numbers_of_the_class_and_of_the_file_act_in_the_next_call(monkeypatch: 
     torch.testing.assert_close(model(IDS).logits, 3 * before)
     monkeypatch.setattr(sys.modules[__name__], "SCALE_OF_FILE", 1.0)
     torch.testing.assert_close(model(IDS).logits, 1.5 * before)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE_IN_LOOP", 2.0)
+    torch.testing.assert_close(model(IDS).logits, 3 * before)
 
 
 class ScaledLater(hf.LlamaForCausalLM):

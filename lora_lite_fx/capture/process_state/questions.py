@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..quirks.quirk import ANSWERED
-from ..refusal import OF_OTHERS, line_of
+from ..refusal import is_of_others, line_of
 from .python_state import Change
 
 GRAD, AUTOCAST, INFERENCE = (
@@ -82,20 +82,16 @@ class Questions:
             if kind is INFERENCE_REGION:
                 if not frame.f_locals["self"].mode:
                     return
-                asking = asking.f_back or asking if _is_of_others(asking) else asking  # torch calls what is decorated
+                asking = asking.f_back or asking if is_of_others(asking) else asking  # torch calls what is decorated
         else:
             return
-        if kind is None or kind in self.asked or _is_of_others(asking):
+        if kind is None or kind in self.asked or is_of_others(asking):  # torch computes the same whatever the answer is
             return
         if asking.f_code.co_name not in ANSWERED:
             self.asked[kind] = line_of(asking)
 
 
 _BUILTIN = type(torch.is_grad_enabled)
-
-
-def _is_of_others(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(OF_OTHERS)  # torch computes the same whatever the answer is
 
 
 def device_of(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import CaptureError
-from ..refusal import OF_OTHERS
+from ..refusal import is_of_others
 from .quirk import Quirk, where_mentioned
 
 _WORDS = (".requires_grad", ".is_leaf", ".grad_fn", ".register_hook")
@@ -45,7 +45,7 @@ def _is_of_model(frame: FrameType | None) -> bool:
     """Return whether code of the model asks, through the modes of torch that were asked before."""
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back
-    return frame is not None and not frame.f_code.co_filename.startswith(OF_OTHERS)
+    return frame is not None and not is_of_others(frame)
 
 
 def _is_computed(tensor: Any) -> bool:

@@ -98,6 +98,7 @@ def test_positional_arguments_have_the_order_of_the_model(adapted: tuple[fx.Grap
     assert list(graph) == [name for name, parameter in model.items() if parameter.kind is not parameter.VAR_KEYWORD]
 
 
+@pytest.mark.broad
 def test_gradients_of_a_custom_loss_equal_those_of_the_wrapper(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     grads = []

@@ -30,7 +30,7 @@ def of_findings() -> list[Any]:
         of_kind[finding.kind] += 1
         marks = [pytest.mark.xfail(strict=True, reason="open")] if finding.is_open else []
         marks += (
-            [pytest.mark.broad] if finding.kind in ("peft", "models", "defaults") or of_kind[finding.kind] > 4 else []
+            [pytest.mark.broad] if finding.kind in ("peft", "models", "defaults") or of_kind[finding.kind] > 2 else []
         )
         params.append(pytest.param(finding, marks=marks, id=finding.name.replace(" ", "_")))
     return params

@@ -78,6 +78,7 @@ torch.save(torch.export.load(sys.argv[1]).module()(**example), sys.argv[3])
 """
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("bake", broad_after(1, [False, True]))
 def test_a_file_runs_where_torch_alone_is(bake: bool, tmp_path: Path) -> None:
     _, graph = captured(one_layer_llama)

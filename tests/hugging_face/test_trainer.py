@@ -122,6 +122,7 @@ def test_checkpoints_hold_the_adapters_only_and_can_be_adapted_with(tmp_path: Pa
     assert_same(state(llfx.adapt(base(), checkpoint)), state(model))
 
 
+@pytest.mark.broad
 def test_only_the_adapters_move_and_the_users_model_stays_as_it_was(tmp_path: Path) -> None:
     model = base()
     with untouched(model):

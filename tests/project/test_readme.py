@@ -21,8 +21,6 @@ README = ROOT / "README.md"
 FOLDERS = ("lora_lite_fx", "passes", "tests", "examples", "docs", ".github")
 # The link lora_lite_fx/passes is not followed, so that each page is found once.
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-EVERY_DAY = {README, ROOT / "docs/how_to/any_module.md"}
-"""The pages whose code runs every day; that of the others runs in the broad tier."""
 RESULTS = ROOT / "examples/results"
 
 
@@ -66,7 +64,7 @@ def own_registry() -> Iterator[None]:
 @pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     "page",
-    broad_unless(lambda page: page in EVERY_DAY, [page for page in PAGES if blocks(page, "python")]),
+    broad_unless(lambda page: page == README, [page for page in PAGES if blocks(page, "python")]),
     ids=named,
 )
 def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

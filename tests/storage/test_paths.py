@@ -57,6 +57,7 @@ def test_ahead_of_time_compilation_computes_the_same(storage: str, tmp_path: Pat
     close(torch._inductor.aoti_load_package(package)(*X), gm(*X).detach(), 1e-5, "compiled")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", storages("int8"))
 def test_the_backends_model_computes_what_the_graph_does(storage: str) -> None:
     torch._dynamo.reset()

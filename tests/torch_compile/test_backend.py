@@ -124,6 +124,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cfg",
     broad_after(1, slow_after(3, CONFIGS)),
@@ -152,6 +153,7 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.OFT]), ids=lambda cls: cls.__name__)
 def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Variant]) -> None:
     """Adapt the sites of each graph, and those that run between the graphs."""

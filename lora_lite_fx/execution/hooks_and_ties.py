@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class HooksAndTies:
     read: Reader
     of_graph: Snapshot | None
     _acting: dict[str, bool] = field(default_factory=dict)
+    _called: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, host: nn.Module, absent: Collection[str] = ()) -> HooksAndTies:
@@ -78,38 +79,59 @@ class HooksAndTies:
         """Return the names of the modules outside layers on which hooks stand; warn of hooks elsewhere, once each."""
         if not any(self.hooks):
             return ()
-        return tuple(name for name, module in self.modules.items() if self._acts(name, module))
+        hooked = tuple(name for name, module in self.modules.items() if self._acts(name, module))
+        if hooked not in self._called:
+            self._called[hooked] = tuple(name for name in hooked if self._acts_beside(name, hooked))
+        return self._called[hooked]
 
     def _acts(self, name: str, module: nn.Module) -> bool:
-        hooks = hooks_on(module, (*FORWARD_HOOKS, *BACKWARD_HOOKS))
-        if isinstance(module, GraphLayer):  # what computes a weight was put on it after the capture, which traces such
-            hooks += weight_hooks_on(module)
+        """Tell whether hooks stand on a module, and act if none stand on others."""
+        hooks = self._hooks_on(module)
         if hooks and name not in self._acting:
-            is_called = name in (path for path, _ in pieces_of(self.gm, self.gm.graph, (name,)))
-            is_sharded = is_instance_of(module, "torch", "FSDPModule")
-            if is_sharded and not is_called:
-                way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
-                if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
-                    way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
-                raise AdapterError(
-                    f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
-                    f" its parameters would not be gathered. The way out: {way_out}."
-                )
-            # To gather twice is as good as once.
-            idle = [mode for mode, graph in self.graphs.items() if name not in whole_of(self.gm, graph, (name,))]
-            self._acting[name] = is_sharded or len(idle) < len(self.graphs)
-            if idle and not is_sharded:
+            idle = self._idle(name, (name,))
+            self._acting[name] = len(idle) < len(self.graphs)
+            if idle:
                 where = idle[0] if self._acting[name] else ""
                 reason = "does not run that module as a module of its own"
                 if where:
                     reason = "has no operation of that module alone there, as where it returns its input"
-                warnings.warn(
-                    f"A hook on {name!r} does not act{where}: {', '.join(map(hook_name, hooks))}. The graph {reason}."
-                    " Hooks act on the model, on its layers, and on modules outside of layers that run once, as the"
-                    " embedding and the head.",
-                    stacklevel=2,
-                )
+                reason += ". Hooks act on the model, on its layers, and on modules outside of layers that run once"
+                _warn(name, hooks, where, f"{reason}, as the embedding and the head")
         return bool(hooks) and self._acting[name]
+
+    def _acts_beside(self, name: str, hooked: Sequence[str]) -> bool:
+        """Tell whether hooks on a module act beside those on others: not if one of these runs it as a part of it."""
+        alone, idle = self._idle(name, (name,)), self._idle(name, hooked)
+        acts = len(idle) < len(self.graphs)
+        if len(idle) > len(alone):
+            where = next(mode for mode in idle if mode not in alone) if acts else ""
+            others = ", ".join(repr(other) for other in hooked if len(self._idle(other, hooked)) < len(self.graphs))
+            reason = f"runs that module as a part of another one on which a hook stands, too, of: {others}"
+            _warn(name, self._hooks_on(self.modules[name]), where, reason)
+        return acts
+
+    def _hooks_on(self, module: nn.Module) -> list[Any]:
+        hooks = hooks_on(module, (*FORWARD_HOOKS, *BACKWARD_HOOKS))
+        # What computes a weight was put on a module of a graph after the capture, which traces such.
+        return [*hooks, *weight_hooks_on(module)] if isinstance(module, GraphLayer) else hooks
+
+    def _idle(self, name: str, hooked: Sequence[str]) -> list[str]:
+        """Return the modes in which programs that call the modules `hooked` do not call this one as a whole.
+
+        Raises:
+            AdapterError: its parameters are sharded, and programs do not call it, which gathers them.
+        """
+        if not is_instance_of(self.modules[name], "torch", "FSDPModule"):
+            return [mode for mode, graph in self.graphs.items() if name not in whole_of(self.gm, graph, hooked)]
+        if name in (path for path, _ in pieces_of(self.gm, self.gm.graph, hooked)):
+            return []  # for each of its pieces they are gathered, and twice is as good as once
+        way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
+        if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
+            way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
+        raise AdapterError(
+            f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
+            f" its parameters would not be gathered. The way out: {way_out}."
+        )
 
     def check_ties(self, host: nn.Module) -> None:
         """Raise AdapterError if a parameter that has several names in `host` has been replaced under one of them."""
@@ -125,3 +147,9 @@ class HooksAndTies:
                         " graph reads it under one of its names. The way out: replace it under all names, or capture"
                         " the model again."
                     )
+
+
+def _warn(name: str, hooks: Sequence[Any], where: str, reason: str) -> None:
+    """Warn that hooks on a module do not act, with what the graph does in place of calling it."""
+    names = ", ".join(map(hook_name, hooks))
+    warnings.warn(f"A hook on {name!r} does not act{where}: {names}. The graph {reason}.", stacklevel=3)

@@ -119,6 +119,10 @@ def count_arguments(graph: fx.Graph) -> int:
     return len(graph.find_nodes(op="placeholder"))
 
 
+_FURTHER = "further_input"
+"""The metadata of an input that was added. A graph that was traced symbolically has no structure that tells these."""
+
+
 def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
     """Let `graph` take a further input, the last one, by keyword.
 
@@ -141,6 +145,7 @@ def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
     if value is not None:
         node.meta["val"] = value
     _set_further(graph, (*further_inputs(graph), name))
+    node.meta[_FURTHER] = True
     return node
 
 
@@ -151,9 +156,11 @@ def drop_input(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
-    """Return the names of the inputs that `add_input` has given a graph which has a structure of inputs."""
+    """Return the names of the inputs that `add_input` has given a graph."""
     codegen = codegen_of(graph)
-    return codegen.further if isinstance(codegen, _Arguments) else ()
+    if isinstance(codegen, _Arguments):
+        return codegen.further
+    return tuple(str(node.target) for node in graph.find_nodes(op="placeholder") if node.meta.get(_FURTHER))
 
 
 def take_further_inputs_from(module: fx.GraphModule, graph: fx.Graph) -> None:

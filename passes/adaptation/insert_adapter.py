@@ -43,7 +43,7 @@ from ...graph.insertion import (
     surrounding,
 )
 from ...graph.modes import flag_name, is_flag
-from ...graph.queries import operation_name
+from ...graph.queries import is_deterministic, operation_name
 from ...graph.tensors import attribute_of, module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
@@ -157,7 +157,7 @@ def _splice(
     body = [node for node in fragment.graph.nodes if node not in done and node.op not in ("placeholder", "output")]
     if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
-        with graph.inserting_before(frozen[0]):
+        with graph.inserting_before(_first_draw(call.x, frozen[0])):
             copies.copy_all(body[:split], INLET)
             x = copies.copy(fragment.base_input, INLET)
         for node in frozen:
@@ -171,6 +171,20 @@ def _splice(
     if y is not call.y:
         call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copies.inserted)
     return y
+
+
+def _first_draw(x: fx.Node, frozen: fx.Node) -> fx.Node:
+    """Return the first random draw of adapters between `x` and the frozen operation that follows; else the latter.
+
+    Such a draw does not read `x`, as that of which blocks of a rotation are left out. An adapter that is put around
+    draws before it, as `wrap` does, so that both draw the same numbers.
+    """
+    first, node = frozen, frozen.prev
+    while node is not x and (is_inserted(node) or node.op == "get_attr"):
+        if node.op != "get_attr" and not is_deterministic(node):
+            first = node
+        node = node.prev
+    return first
 
 
 def _replace_tensors(

@@ -53,11 +53,7 @@ def check_modules(gm: fx.GraphModule, absent: Collection[str], called: Collectio
     _check_tensors(modules, absent)
     _check_classes(modules, {name.rpartition(".")[0] for name in read}, _classes_in(gm.graph))
     _check_required(modules, required)
-    replaced = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, GraphLayer) and name not in called and "forward" in vars(module)
-    ]
+    replaced = [name for name, module in modules.items() if name not in called and "forward" in vars(module)]
     if replaced:
         others = f" and {len(replaced) - 1} other modules" if replaced[1:] else ""
         warnings.warn(

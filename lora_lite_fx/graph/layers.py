@@ -41,6 +41,11 @@ def is_layer(name: str) -> bool:
     return match is not None and match[0] == name
 
 
+def computes_weights(name: str) -> bool:
+    """Check whether a module of that qualified name belongs to the parametrizations of torch, which compute weights."""
+    return "parametrizations" in name.split(".")
+
+
 def place_of(node: fx.Node, called: Container[str] = ()) -> str | None:
     """Return the module that is called to run `node`, with the number of its call; None if none is.
 
@@ -101,13 +106,14 @@ def whole_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) ->
     """Return the names of the modules that a program calls once, with all that the module computes.
 
     Hooks on others do not act as on the model. They may still have a piece: beside what overwrites tensors, as a
-    batch norm its statistics, or beside layers inside.
+    batch norm its statistics, or beside layers inside. So may what computes weights, which passes move to the front.
 
     Args:
         gm, graph, also: as for `pieces_of`.
     """
     sizes = Counter(name for node in graph.nodes if node.op.startswith("call_") for name in _modules_around(node))
-    return frozenset(path for path, members in pieces_of(gm, graph, also) if len(members) == sizes[path])
+    whole = (path for path, members in pieces_of(gm, graph, also) if len(members) == sizes[path])
+    return frozenset(path for path in whole if not computes_weights(path))
 
 
 def _modules_around(node: fx.Node) -> set[str]:

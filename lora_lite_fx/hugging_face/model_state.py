@@ -20,7 +20,7 @@ from ..capture.origins.hooks import weight_hooks_on
 from ..compat.torch_modules import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
 from ..execution.layer_modules import WRAPPED, user_classes
 from ..execution.snapshot import Same, Snapshot, value_to_compare
-from ..graph.layers import is_layer
+from ..graph.layers import computes_weights, is_layer
 from .settings import names_in_code, settings_of
 
 _LATER = ("_loss_function",)
@@ -113,9 +113,10 @@ class ModelState:
         if kind := self._snapshot.replaced_forward(earlier):
             return f"forward of {kind} is another function"
         for name in sorted(before.keys() ^ self._modules.keys()):
-            return f"{name} was {'taken away' if name in before else 'added'}"
+            if not computes_weights(name):  # graphs read what is computed in each call
+                return f"{name} was {'taken away' if name in before else 'added'}"
         for name, module in before.items():
-            if change := module.change(self._modules[name]):
+            if name in self._modules and (change := module.change(self._modules[name])):
                 return f"{name or type(self.model).__name__}{change}"
         return ""
 
@@ -136,7 +137,8 @@ class ModelState:
         new = [
             name
             for name, now in self._modules.items()
-            if name and not is_layer(name) and now.has_own_forward and not before.get(name, now).has_own_forward
+            if name and now.has_own_forward and not before.get(name, now).has_own_forward
+            if not is_layer(name) or computes_weights(name)
         ]
         if new:
             warnings.warn(
@@ -150,8 +152,6 @@ class ModelState:
 def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that compute by name: without those that hold the tensors of adapters, and without wrappers.
 
-    Parametrizations compute tensors, which graphs read by name in each call.
-
     Args:
         model: where to begin.
         name: its own.
@@ -161,8 +161,7 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
     for key, child in children_of(model).items():
         while child is not None and (inside := [each for each in WRAPPED if each in children_of(child)]):
             child = children_of(child)[inside[0]]
-        of_tensors = type(child) is nn.Module or (key == "parametrizations" and is_parametrized(model))
-        if child is not None and not of_tensors and child not in above:
+        if child is not None and type(child) is not nn.Module and child not in above:
             yield from _modules_of(child, f"{name}.{key}" if name else key, (*above, model))
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ...compat.torch import disable_current_modes, pytree
 from ..forward_signature import forward_signature, give_signature
 
-_LAYOUT = re.compile(r"(^|_)(grids?(_thw|_hw)?|image_sizes(_videos)?|target_sizes(_videos)?|spatial_shapes)$")
+_LAYOUT = re.compile(r"(^|_)(grids?(_thw|_hw)?|(image|target)_sizes(_videos)?|spatial_shapes|merge_sizes)$")
 _HELPERS = "transformers.vision_utils"
 
 

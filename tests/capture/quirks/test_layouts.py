@@ -12,6 +12,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.quirks.generator_of_none import WithoutGeneratorOfNone
 from lora_lite_fx.capture.quirks.layouts import KnownWhileTraced
 from tests.support.conformance import check_rewrite_equals_wrap, small
+from tests.support.releases import cases_by_name
 from tests.support.selection import broad_after
 
 
@@ -131,6 +132,11 @@ class OfHelper(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.make(x.shape[0])[:, None] + self.make(4)
+
+
+def test_how_many_patches_are_merged_is_a_part_of_the_graph() -> None:
+    gm = llfx.capture(cases_by_name()["video_llama_3_vision"].builder()())
+    assert {"pixel_values"} == {node.target for node in gm.graph.find_nodes(op="placeholder")}
 
 
 @pytest.mark.parametrize("file", ["transformers.vision_utils", "elsewhere"])

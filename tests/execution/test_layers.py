@@ -245,6 +245,52 @@ def test_a_hook_on_a_module_that_runs_in_parts_is_warned_of(model: Any, name: st
         assert torch.equal(gm(x), before)
 
 
+class InAPart(nn.Module):
+    """A net of a part that has a part, both outside of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: Any = nn.Sequential()
+        self.part.lin, self.part.act = nn.Linear(6, 6), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.part(x)
+        return result
+
+
+captures = pytest.mark.parametrize("exported", broad_after(1, [True, False]), ids=["exported", "traced"])
+
+
+@captures
+def test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone(exported: bool) -> None:
+    x = torch.randn(3, 6)
+    model: Any = InAPart()
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",)), (x,) if exported else None)
+    gm.get_submodule("part.lin").register_forward_hook(lambda module, args, output: output * 2)
+    with_inner, with_outer = x + (2 * model.part.lin(x)).tanh(), x + 3 * model.part(x)
+    torch.testing.assert_close(gm(x), with_inner)
+    outer = gm.get_submodule("part").register_forward_hook(lambda module, args, output: output * 3)
+    with pytest.warns(UserWarning, match="A hook on 'part.lin' does not act.*a part of another one.*: 'part'") as found:
+        torch.testing.assert_close(gm(x), with_outer)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(gm(x), with_outer)
+        outer.remove()
+        torch.testing.assert_close(gm(x), with_inner)
+
+
+@pytest.mark.parametrize("exported", [True, False], ids=["exported", "traced"])
+def test_a_hook_on_a_module_outside_layers_does_not_see_the_coefficient_of_an_adapter(exported: bool) -> None:
+    x = torch.randn(3, 6)
+    gm = llfx.rewrite(InAPart(), llfx.LoRA(r=2, target_names=(".",)), (x,) if exported else None)
+    seen: list[int] = []
+    gm.get_submodule("part").register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+    with llfx.scaled(gm, {"default": 0.5}):
+        gm(x)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_an_input_is_not_recomputed_without_the_hook_that_changed_it(dropout: float) -> None:
     base, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6)), torch.randn(3, 6)
@@ -268,6 +314,22 @@ def test_a_hook_that_computes_a_weight_of_a_graph_is_warned_of() -> None:
         nn.utils.weight_norm(model.model.layers[1].mlp.up_proj)
     with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1.mlp.up_proj' does not act: WeightNorm"):
         logits(model)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight.0"])
+def test_a_hook_and_a_forward_on_what_computes_a_weight_are_warned_of(part: str) -> None:
+    model = InAPart()
+    nn.utils.parametrizations.weight_norm(model.part.lin)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",)), (torch.randn(3, 6),))
+    module = gm.get_submodule(f"part.lin.parametrizations.{part}")
+    module.forward = functools.partial(module.forward)
+    with pytest.warns(
+        UserWarning, match=f"forward was replaced on 'part.lin.parametrizations.{part}', and does not act"
+    ):
+        gm(torch.randn(3, 6))
+    module.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.warns(UserWarning, match=f"A hook on 'part.lin.parametrizations.{part}' does not act"):
+        gm(torch.randn(3, 6))
 
 
 # Layers by themselves.

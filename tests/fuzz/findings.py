@@ -47,6 +47,7 @@ class Found:
 
 FROZEN_NORM, FROZEN_DROPOUT = ops.Mode("b0.norm", False), ops.Mode("b0.drop", False)
 NORM, DROPOUT, ACTIVATION = Net(("BatchNorm",)), Net(("Dropout",)), Net(("MLP",))
+WEIGHT = Net(("NormedWeight",))
 
 
 def _folder(method: str, *targets: str, **fields: Any) -> Folder:
@@ -105,6 +106,25 @@ FINDINGS: tuple[Found, ...] = (
         "a pre-hook on a block changes the coefficient of an adapter",
         "calls",
         Calls(Net(), "adapt", before=(ops.Hook("b0", "pre"),), after=(Step("scaled"),)),
+    ),
+    Found(
+        "a pre-hook on a block changes the coefficient of an adapter, traced",
+        "calls",
+        Calls(Net(("Linear", "Linear")), "traced", after=(Step("scaled"), ops.Hook("b0", "pre"))),
+    ),
+    Found(
+        "a hook inside a block with a hook",
+        "calls",
+        Calls(Net(("Conv",)), after=(ops.Hook("b0"), ops.Hook("b0.conv"))),
+    ),
+    *(
+        Found(f"what computes a weight is {words}, {path}", "calls", Calls(WEIGHT, path, after=(change,)))
+        for words, change, path in (
+            ("replaced", ops.Forward("b0.fc.parametrizations.weight"), "rewrite"),
+            ("replaced", ops.Forward("b0.fc.parametrizations.weight"), "adapt"),
+            ("replaced in part", ops.Forward("b0.fc.parametrizations.weight.0"), "adapt"),
+            ("hooked", ops.Hook("b0.fc.parametrizations.weight.0"), "adapt"),
+        )
     ),
     Found(
         "a pre-hook on a block changes what frozen keeps",
@@ -167,6 +187,12 @@ FINDINGS: tuple[Found, ...] = (
         "stacks",
         Stack((llfx.Full(weight=False, target_names="."), llfx.DoRA(r=2, target_names="."))),
         "output of a stack",
+    ),
+    Found(
+        "blocks that are left out at random around others",
+        "stacks",
+        Stack((llfx.BOFT(block_size=2, dropout=0.3, target_names="."),) * 2, bias=False, training=True),
+        "output of wrap",
     ),
     Found(
         "DoRA around LoRA",

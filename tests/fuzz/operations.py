@@ -123,7 +123,8 @@ class Bias(Change):
         if getattr(part, "bias", None) is not None:
             part.bias = None
         elif isinstance(getattr(part, "weight", None), Tensor):
-            part.bias = nn.Parameter(_values(part.weight[:, 0].detach()), requires_grad=False)
+            of_outputs = part.weight.detach().reshape(len(part.weight), -1)[:, 0]
+            part.bias = nn.Parameter(_values(of_outputs), requires_grad=False)
         else:
             raise Void("no part that has a bias")
 

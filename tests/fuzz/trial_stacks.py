@@ -90,9 +90,10 @@ class Stack:
         llfx.load_adapter_state_dict(below, {name: values[name] for name in llfx.adapter_state_dict(below)})
         merged = llfx.merge(below)
         linear: Any = nn.Linear(8, 12).double()
-        weight, bias = merged.get_parameter(f"{SITE}.weight"), dict(merged.named_parameters()).get(f"{SITE}.bias")
+        named = dict(merged.named_parameters())
+        bias = named.get(f"{SITE}.bias", named.get(f"{SITE}.merged_bias"))  # the latter where the model has none
         with torch.no_grad():
-            linear.weight.copy_(weight)
+            linear.weight.copy_(named[f"{SITE}.weight"])
             linear.bias = None if bias is None else nn.Parameter(bias.clone())
         model = nn.Sequential(linear, nn.Tanh()).eval()
         reference = llfx.rewrite(model, outer, calibration=data)

@@ -632,6 +632,17 @@ UNSEEN: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.parametrize("part", ["weight", "weight.0"])
+def test_a_forward_that_is_put_on_what_computes_a_weight_is_told_of(part: str) -> None:
+    model = Part()
+    parametrizations.weight_norm(model.down)
+    state, module = ModelState(model), model.get_submodule(f"down.parametrizations.{part}")
+    module.forward = types.MethodType(nn.Identity.forward, module)
+    assert not state.is_as_it_was()
+    with pytest.warns(UserWarning, match=f"forward was replaced on 'down.parametrizations.{part}'"):
+        assert state.change() == ""
+
+
 @pytest.mark.parametrize(("change", "message"), SEEN.values(), ids=SEEN)
 def test_what_a_module_has_and_of_which_class_it_is_is_seen(change: Callable[[Any], object], message: str) -> None:
     model = Part()

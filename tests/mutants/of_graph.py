@@ -181,6 +181,49 @@ MUTANTS = (
         "a batch norm that runs again updates its statistics twice",
         "tests/execution/test_checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
     ),
+    # hooks on modules outside layers
+    Mutant(
+        "lora_lite_fx/execution/hooks_and_ties.py",
+        "tuple(name for name in hooked if self._acts_beside(name, hooked))",
+        "hooked",
+        "a hook inside a module with a hook does not act, in silence",
+        "tests/execution/test_layers.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",
+    ),
+    Mutant(
+        "lora_lite_fx/capture/quirks/layouts.py",
+        "|spatial_shapes|merge_sizes)",
+        "|spatial_shapes)",
+        "a model that merges patches by an argument is not captured",
+        "tests/capture/quirks/test_layouts.py::test_how_many_patches_are_merged_is_a_part_of_the_graph",
+    ),
+    Mutant(
+        "lora_lite_fx/graph/layers.py",
+        "for path in whole if not computes_weights(path)",
+        "for path in whole",
+        "a hook on what computes a weight does not act, in silence",
+        "tests/execution/test_layers.py::test_a_hook_and_a_forward_on_what_computes_a_weight_are_warned_of",
+    ),
+    Mutant(
+        "lora_lite_fx/hugging_face/model_state.py",
+        "            if not is_layer(name) or computes_weights(name)\n",
+        "            if not is_layer(name)\n",
+        "forward of what computes a weight is replaced and does not act, in silence",
+        "tests/hugging_face/test_model_state.py::test_a_forward_that_is_put_on_what_computes_a_weight_is_told_of",
+    ),
+    Mutant(
+        "lora_lite_fx/capture/graph_calls.py",
+        "    node.meta[_FURTHER] = True\n",
+        "",
+        "a hook of a traced graph changes the coefficient of an adapter",
+        "tests/execution/test_layers.py::test_a_hook_on_a_module_outside_layers_does_not_see_the_coefficient_of_an_adapter",
+    ),
+    Mutant(
+        "lora_lite_fx/passes/adaptation/insert_adapter.py",
+        '        if node.op != "get_attr" and not is_deterministic(node):\n            first = node\n',
+        "",
+        "an adapter around another draws other numbers than in the wrapper",
+        "tests/fuzz/test_fuzz.py::test_a_finding_is_mended",
+    ),
     # pieces: the layers that run apart, and run again under checkpointing
     _piece(
         "        if piece and layer != current and waits:\n",

@@ -18,6 +18,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_config
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured
+from tests.support.releases import since
 from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
@@ -171,6 +172,7 @@ def test_as_lora_is_refused_where_the_change_is_not_of_low_rank(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@since("peft", "0.21", "VeRA is made beside torchao 0.18")
 def test_projections_that_a_file_leaves_out_are_drawn_from_its_seed(tmp_path: Path) -> None:
     model, graph = captured("llama")
     config = peft.VeraConfig(r=4, projection_prng_key=5, save_projection=False, target_modules=NAMES)

@@ -43,7 +43,7 @@ class HooksAndTies:
     ties: list[list[str]]
     read: Reader
     of_graph: Snapshot | None
-    _acting: dict[str, bool] = field(default_factory=dict)
+    _alone: dict[str, list[str]] = field(default_factory=dict)
     _called: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -81,57 +81,53 @@ class HooksAndTies:
             return ()
         hooked = tuple(name for name, module in self.modules.items() if self._acts(name, module))
         if hooked not in self._called:
-            self._called[hooked] = tuple(name for name in hooked if self._acts_beside(name, hooked))
+            self._called[hooked] = self._acting_beside(hooked)
         return self._called[hooked]
 
     def _acts(self, name: str, module: nn.Module) -> bool:
         """Tell whether hooks stand on a module, and act if none stand on others."""
         hooks = self._hooks_on(module)
-        if hooks and name not in self._acting:
-            idle = self._idle(name, (name,))
-            self._acting[name] = len(idle) < len(self.graphs)
+        if hooks and name not in self._alone:
+            self._alone[name] = idle = self._idle((name,))[name]
             if idle:
-                where = idle[0] if self._acting[name] else ""
+                where = idle[0] if len(idle) < len(self.graphs) else ""
                 reason = "does not run that module as a module of its own"
                 if where:
                     reason = "has no operation of that module alone there, as where it returns its input"
-                reason += ". Hooks act on the model, on its layers, and on modules outside of layers that run once"
-                _warn(name, hooks, where, f"{reason}, as the embedding and the head")
-        return bool(hooks) and self._acting[name]
+                _warn(name, hooks, where, f"{reason}. {_WHERE_HOOKS_ACT}")
+        return bool(hooks) and len(self._alone[name]) < len(self.graphs)
 
-    def _acts_beside(self, name: str, hooked: Sequence[str]) -> bool:
-        """Tell whether hooks on a module act beside those on others: not if one of these runs it as a part of it."""
-        alone, idle = self._idle(name, (name,)), self._idle(name, hooked)
-        acts = len(idle) < len(self.graphs)
-        if len(idle) > len(alone):
-            where = next(mode for mode in idle if mode not in alone) if acts else ""
-            others = ", ".join(repr(other) for other in hooked if len(self._idle(other, hooked)) < len(self.graphs))
-            reason = f"runs that module as a part of another one on which a hook stands, too, of: {others}"
-            _warn(name, self._hooks_on(self.modules[name]), where, reason)
-        return acts
+    def _acting_beside(self, hooked: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of modules with hooks that act beside the others; warn of those that run inside these."""
+        idle = self._idle(hooked)
+        acting = tuple(name for name in hooked if len(idle[name]) < len(self.graphs))
+        for name in hooked:
+            if more := [mode for mode in idle[name] if mode not in self._alone[name]]:
+                reason = "runs that module as a part of another one on which a hook stands, too, of: "
+                reason += ", ".join(map(repr, acting))
+                _warn(name, self._hooks_on(self.modules[name]), more[0] if name in acting else "", f"{reason}.")
+        return acting
 
     def _hooks_on(self, module: nn.Module) -> list[Any]:
         hooks = hooks_on(module, (*FORWARD_HOOKS, *BACKWARD_HOOKS))
         # What computes a weight was put on a module of a graph after the capture, which traces such.
         return [*hooks, *weight_hooks_on(module)] if isinstance(module, GraphLayer) else hooks
 
-    def _idle(self, name: str, hooked: Sequence[str]) -> list[str]:
-        """Return the modes in which programs that call the modules `hooked` do not call this one as a whole.
+    def _idle(self, hooked: tuple[str, ...]) -> dict[str, list[str]]:
+        """Return for each of these modules the modes in which programs that call them do not call it as a whole.
 
         Raises:
-            AdapterError: its parameters are sharded, and programs do not call it, which gathers them.
+            AdapterError: the parameters of one are sharded, and programs do not call it, which gathers them.
         """
-        if not is_instance_of(self.modules[name], "torch", "FSDPModule"):
-            return [mode for mode, graph in self.graphs.items() if name not in whole_of(self.gm, graph, hooked)]
-        if name in (path for path, _ in pieces_of(self.gm, self.gm.graph, hooked)):
-            return []  # for each of its pieces they are gathered, and twice is as good as once
-        way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
-        if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
-            way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
-        raise AdapterError(
-            f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
-            f" its parameters would not be gathered. The way out: {way_out}."
-        )
+        whole = {mode: whole_of(self.gm, graph, hooked) for mode, graph in self.graphs.items()}
+        idle = {name: [mode for mode, names in whole.items() if name not in names] for name in hooked}
+        if sharded := [name for name in hooked if is_instance_of(self.modules[name], "torch", "FSDPModule")]:
+            pieces = {path for path, _ in pieces_of(self.gm, self.gm.graph, hooked)}
+            for name in sharded:
+                if name not in pieces:
+                    raise _not_gathered(name)
+                idle[name] = []  # its parameters are gathered for each of its pieces, and twice is as good as once
+        return idle
 
     def check_ties(self, host: nn.Module) -> None:
         """Raise AdapterError if a parameter that has several names in `host` has been replaced under one of them."""
@@ -149,7 +145,23 @@ class HooksAndTies:
                     )
 
 
+_WHERE_HOOKS_ACT = (
+    "Hooks act on the model, on its layers, and on modules outside of layers that run once, as the embedding and the"
+    " head."
+)
+
+
 def _warn(name: str, hooks: Sequence[Any], where: str, reason: str) -> None:
     """Warn that hooks on a module do not act, with what the graph does in place of calling it."""
     names = ", ".join(map(hook_name, hooks))
-    warnings.warn(f"A hook on {name!r} does not act{where}: {names}. The graph {reason}.", stacklevel=3)
+    warnings.warn(f"A hook on {name!r} does not act{where}: {names}. The graph {reason}", stacklevel=3)
+
+
+def _not_gathered(name: str) -> AdapterError:
+    way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
+    if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
+        way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
+    return AdapterError(
+        f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
+        f" its parameters would not be gathered. The way out: {way_out}."
+    )

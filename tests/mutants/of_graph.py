@@ -184,7 +184,7 @@ MUTANTS = (
     # hooks on modules outside layers
     Mutant(
         "lora_lite_fx/execution/hooks_and_ties.py",
-        "tuple(name for name in hooked if self._acts_beside(name, hooked))",
+        "self._acting_beside(hooked)",
         "hooked",
         "a hook inside a module with a hook does not act, in silence",
         "tests/execution/test_layers.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",

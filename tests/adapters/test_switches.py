@@ -389,7 +389,7 @@ def test_an_input_that_is_called_like_a_coefficient_is_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     broad_after(
-        2,
+        1,
         [
             (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
             (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),

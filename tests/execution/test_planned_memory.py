@@ -231,6 +231,7 @@ def test_the_plan_says_the_bytes_that_are_kept(memory: Any) -> None:
     assert kept(ours, inputs) == pytest.approx(around + fast - said, rel=0.1)
 
 
+@pytest.mark.broad
 def test_a_part_and_a_number_of_bytes_are_the_most_that_a_layer_keeps() -> None:
     plain = trained(plain_llama, llfx.LoRA(r=2))
     half = planned(plain, 0.5)

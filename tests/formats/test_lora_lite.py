@@ -141,7 +141,7 @@ def write(path: Path, name: str) -> None:
     save_file({f"0.{key}": tensor for key, tensor in FILES[name][1].items()}, path, {"cfg": config(name)})
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", broad_after(3, FILES))
 def test_a_lora_lite_file_computes_what_its_formula_says(name: str, tmp_path: Path) -> None:
     formula, tensors, _, cls = FILES[name]
     write(tmp_path / "adapter", name)

@@ -59,7 +59,7 @@ def test_it_is_not_saved_and_the_old_file_stays(how: str, value: float, tmp_path
 
 
 @pytest.mark.parametrize("value", broad_after(1, [float("nan"), -float("inf")]))
-@pytest.mark.parametrize("how", SAVE)
+@pytest.mark.parametrize("how", broad_after(1, SAVE))
 def test_it_is_saved_and_loaded_if_that_is_asked_for(how: str, value: float, tmp_path: Path) -> None:
     path, gm = tmp_path / "adapter", adapted(value)
     SAVE[how](gm, path, allow_nonfinite=True)

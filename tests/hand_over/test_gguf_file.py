@@ -207,6 +207,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
             llfx.save_gguf(gm, tmp_path / "a.gguf")
 
 
+@pytest.mark.broad
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph = llama()
     gm = adapted(graph, OF_LOW_RANK["LoRA"])

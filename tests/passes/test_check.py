@@ -249,9 +249,8 @@ def test_a_check_sees_buffers_and_changes_nothing_of_the_model() -> None:
     assert all(parameter.grad is None for parameter in gm.parameters())
 
 
-@pytest.mark.parametrize(
-    "cfg", broad_after(1, [llfx.LoRA(r=2, dropout=0.3, target_names=(".",)), llfx.HRA(r=2, target_names=(".",))])
-)
+@pytest.mark.broad
+@pytest.mark.parametrize("cfg", [llfx.LoRA(r=2, dropout=0.3, target_names=(".",)), llfx.HRA(r=2, target_names=(".",))])
 def test_the_passes_of_this_package_are_right(cfg: llfx.Variant) -> None:
     optimized: Any = llfx.optimize(adapted(cfg, blocks=MIXED), Pipeline(OPTIMIZATIONS.passes, check=(ids(2, 5),)))
     assert {key.kind for key in optimized.derived.programs} == {"training", "inference"}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from lora_lite_fx.adapters.registry import _REGISTRY, registry
-from tests.support.selection import broad_unless
 from tests.survey.__main__ import RESULTS as SURVEY
 from tests.survey.__main__ import read
 from tests.survey.table import paths
@@ -62,11 +61,8 @@ def own_registry() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_registry")
-@pytest.mark.parametrize(
-    "page",
-    broad_unless(lambda page: page == README, [page for page in PAGES if blocks(page, "python")]),
-    ids=named,
-)
+@pytest.mark.broad
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
 def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}

@@ -342,7 +342,7 @@ both_captures = pytest.mark.parametrize("exported", broad_after(1, [True, False]
 
 
 @both_captures
-@pytest.mark.parametrize("name", broad_after(9, BLOCKS))
+@pytest.mark.parametrize("name", broad_after(6, BLOCKS))
 def test_block_has_the_sites_and_roles_of_its_table(name: str, exported: bool) -> None:
     build, golden = BLOCKS[name]
     model = build()

@@ -239,7 +239,7 @@ def two_layers() -> nn.Module:
 @pytest.mark.parametrize(
     ("targets", "expected"),
     broad_after(
-        6,
+        2,
         [
             ({}, _ATTENTION | _MLP),
             ({"target_roles": "attention"}, _ATTENTION),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import pytest
 import torch
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.c3a import layer as c3a_layer
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite_fx as llfx
 from lora_lite_fx.variants.pissa import FromWeight
 from tests.support.peft_models import CASES
+from tests.support.releases import has
 
 RANK, ALPHA, LAMBDA = 4, 6, 3
 SEED = 5  # of what is drawn and frozen
@@ -44,6 +46,8 @@ class Oracle:
     """Whether PEFT has it for `Conv1D`; if not, PEFT's model gets ordinary linears of the same weights."""
     cases: tuple[str, ...] = ("mlp", "llama", "gpt2", "bert")
     """The models that it fits."""
+    since: str = "0.20"
+    """The oldest PEFT that makes it."""
 
     @property
     def from_weight(self) -> bool:
@@ -176,6 +180,7 @@ ORACLES = {
         functools.partial(peft.VeraConfig, r=RANK, projection_prng_key=SEED, d_initial=0.125),
         {"r": RANK, "projection_seed": SEED, "d_initial": 0.125},
         cases=ALL,
+        since="0.21",  # beside torchao 0.18
     ),
     "LoKr": Oracle(
         llfx.LoKr,
@@ -328,7 +333,9 @@ def targets_of(name: str, oracle: Oracle) -> tuple[dict[str, Any], dict[str, Any
 
 
 def peft_model(name: str, oracle: Oracle, model: nn.Module) -> Any:
-    """Return a copy of a model with PEFT's adapter at its start, in evaluation mode."""
+    """Return a copy of a model with PEFT's adapter at its start, in evaluation mode, or skip the test."""
+    if not has("peft", oracle.since):
+        pytest.skip(f"PEFT makes a {oracle.cls.__name__} since {oracle.since}, and this is {peft.__version__}")
     reference = copy.deepcopy(model)
     if not oracle.conv1d:
         use_ordinary_linears(reference)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.releases import cases_by_name
+from tests.support.selection import broad_after
 from tests.survey import by_backend
 from tests.survey.by_backend import compare_by_backend
 from tests.survey.comparing import NotApplicable, Unequal
@@ -84,7 +85,7 @@ def test_a_model_is_equal_by_the_paths_that_ended_so() -> None:
     assert [*PATHS] == ["default", "inputs", "part", "backend"]
 
 
-@pytest.mark.parametrize("name", USER_INPUTS)
+@pytest.mark.parametrize("name", broad_after(4, USER_INPUTS))
 def test_a_model_takes_the_inputs_of_a_user_in_both_modes(name: str) -> None:
     if name == "omdet-turbo":
         pytest.importorskip("timm")  # has its backbone

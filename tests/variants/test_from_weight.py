@@ -66,7 +66,7 @@ def rotation(angles: Tensor, size: int, largest: float) -> Tensor:
     return rotation
 
 
-@pytest.mark.parametrize("basis", ["V", "U", "none"])
+@pytest.mark.parametrize("basis", broad_after(1, ["V", "U", "none"]))
 @pytest.mark.parametrize("size", broad_after(1, [2, 4]))
 def test_antipasto_rewritten_wrapped_and_merged_is_its_formula(basis: Any, size: int) -> None:
     net = linear()

@@ -29,9 +29,8 @@ CONFIGS: dict[str, Any] = {
     "HRA": llfx.HRA(r=R, target_names=("fc",)),
     "IA3": llfx.IA3(target_names=("fc",)),
 }
-every_variant = pytest.mark.parametrize("name", CONFIGS)
 some_variants = pytest.mark.parametrize("name", broad_after(3, CONFIGS))
-with_dropout = pytest.mark.parametrize("name", ["LoRA", "PiSSA", "DoRA"])
+with_dropout = pytest.mark.parametrize("name", broad_after(1, ["LoRA", "PiSSA", "DoRA"]))
 
 
 class Net(nn.Module):
@@ -142,7 +141,7 @@ def effective(name: str, linear: Any, p: dict[str, Tensor], down: bool = False) 
 
 @pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("cls", broad_after(1, slow_after(2, [Net, Conv1DNet, KeywordNet])))
-@every_variant
+@some_variants
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, example_inputs: Any) -> None:
     model, x = ready(cls()), sample(3, 5, D_IN)
     gm = randomised(llfx.rewrite(model, CONFIGS[name], example_inputs))

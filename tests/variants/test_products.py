@@ -36,7 +36,7 @@ CONFIGS = {
     "GraLoRA hybrid": llfx.GraLoRA(r=6, alpha=3.0, k=3, hybrid_r=2, **FC),
     "HiRA": llfx.HiRA(r=4, **FC),
 }
-every_config = pytest.mark.parametrize("name", broad_after(6, CONFIGS))
+every_config = pytest.mark.parametrize("name", broad_after(3, CONFIGS))
 
 
 def single(d_in: int = D_IN, d_out: int = D_OUT, dtype: torch.dtype = F64) -> Any:

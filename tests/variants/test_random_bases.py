@@ -47,7 +47,7 @@ SHARED = {
     "VeRA": ("lora_shared_vera_A", "lora_shared_vera_B"),
     "RandLoRA": ("lora_shared_randlora_A", "lora_shared_randlora_B"),
 }
-every_variant = pytest.mark.parametrize("name", CONFIGS)
+every_variant = pytest.mark.parametrize("name", broad_after(3, CONFIGS))
 every_sharing = pytest.mark.parametrize("name", SHARED)
 captures = pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
 

@@ -137,7 +137,7 @@ STARTS_ELSEWHERE = ("HRA orthogonal",)
 
 
 @pytest.mark.parametrize("dtype", broad_after(1, slow_after(2, [F64, torch.float32, BF16])), ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name not in STARTS_ELSEWHERE])
+@pytest.mark.parametrize("name", broad_after(4, [name for name in CASES if name not in STARTS_ELSEWHERE]))
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
     model, x = single(dtype), sample(5, 3, D_IN, dtype=dtype)
     assert torch.equal(llfx.rewrite(model, CASES[name][0])(x), model(x))

@@ -46,7 +46,7 @@ def computes_weights(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
-def place_of(node: fx.Node, called: Container[str] = ()) -> str | None:
+def call_around(node: fx.Node, called: Container[str] = ()) -> str | None:
     """Return the module that is called to run `node`, with the number of its call; None if none is.
 
     Args:
@@ -85,17 +85,17 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
         The qualified name of the layer, and its nodes in graph order, for each piece. A layer that runs twice has two.
     """
 
-    place = partial(place_of, called=also)
+    place = partial(call_around, called=also)
     overwritten = overwritten_tensors(gm, graph)
     outside: set[fx.Node] = set()
     while True:
         pieces = list(_pieces(graph, outside, place))
-        piece_of: dict[fx.Node | None, int] = {node: index for index, piece in enumerate(pieces) for node in piece}
+        number_of: dict[fx.Node | None, int] = {node: index for index, piece in enumerate(pieces) for node in piece}
         # A piece may overwrite what it made itself; to be run again, it must not read what is overwritten elsewhere.
         torn: set[fx.Node] = set()
         for made_by, readers in overwritten:
-            places = {piece_of.get(reader) for reader in readers}
-            if places not in ({None}, {piece_of.get(made_by)}):
+            places = {number_of.get(reader) for reader in readers}
+            if places not in ({None}, {number_of.get(made_by)}):
                 torn.update(readers)
         if not torn:
             return [(str(place(piece[0])).rpartition("@")[0], piece) for piece in pieces]

@@ -83,7 +83,7 @@ class ModelWeights:
         self._dense: list[str] = []
         self._has_untied = False
 
-    def place_of(self, site: Site) -> tuple[nn.Module, str, str]:
+    def module_of(self, site: Site) -> tuple[nn.Module, str, str]:
         """Return the module that has the weight of a site, its name, and the name of the weight in it.
 
         Raises:
@@ -100,7 +100,7 @@ class ModelWeights:
 
     def put_weight(self, merged: MergedSite) -> None:
         """Give a module the merged weight in place of its own."""
-        module, owner, name = self.place_of(merged.site)
+        module, owner, name = self.module_of(merged.site)
         if not isinstance(module, DequantizedLinear):
             self._change_weight(module, name, merged)
             return
@@ -119,7 +119,7 @@ class ModelWeights:
             ConfigError: it has no place for one.
         """
         site = merged.site
-        module, owner, _ = self.place_of(site)
+        module, owner, _ = self.module_of(site)
         name = own_name(site.bias.rpartition(".")[2]) if site.bias else "bias"
         current = getattr(module, name, None)
         if current is None:

@@ -104,7 +104,7 @@ def _take_site(weights: ModelWeights, gm: fx.GraphModule, site: Site) -> None:
     Raises:
         AdapterError: the weight is quantized, and another than the model's.
     """
-    module, _, name = weights.place_of(site)
+    module, _, name = weights.module_of(site)
     merged = MergedSite(site, site_weight(gm, site), site_bias(gm, site))
     if site.computed_weight is None:
         if not _is_same(getattr(module, name, None), tensor_of(gm, site.weight)):

@@ -15,7 +15,7 @@ from ..errors import AdapterError
 from ..graph.replacing import replace_modules
 from ..ops.recomputed_product import RecomputedProduct
 from .storages import STORAGES, stored_weight_of
-from .stored_weight import StoredWeight, copy_over_tensors
+from .stored_weight import StoredWeight, copy_over_memory
 
 
 class Original:
@@ -50,7 +50,7 @@ class StandIn(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         for registry in (*FORWARD_HOOKS, *HOOKS_WITH_KEYWORDS):
             hooks_of(self, registry).update(hooks_of(module, registry))
-        self.original = Original(copy_over_tensors(module), stored.store)  # as it is now
+        self.original = Original(copy_over_memory(module), stored.store)  # as it is now
         self.train(module.training)
 
     @property
@@ -60,7 +60,7 @@ class StandIn(nn.Module):
 
     def restored(self) -> nn.Module:
         """Return a module as the quantized one was, over the same tensors."""
-        module: nn.Module = copy_over_tensors(self.original.module).train(self.training)
+        module: nn.Module = copy_over_memory(self.original.module).train(self.training)
         return module
 
 
@@ -91,7 +91,7 @@ class DequantizedLinear(StandIn):
             AdapterError: the storage cannot do that.
         """
         assert self.original.store is not None
-        module: nn.Module = copy_over_tensors(self.original.module)
+        module: nn.Module = copy_over_memory(self.original.module)
         try:
             self.original.store(module, weight)
         except NotImplementedError as error:

@@ -86,7 +86,7 @@ def fields(packed: Tensor, bits: int, shifts: Iterable[int]) -> list[Tensor]:
     return [torch.bitwise_and(torch.bitwise_right_shift(packed, shift), mask) for shift in shifts]
 
 
-def copy_over_tensors(module: nn.Module) -> Any:
+def copy_over_memory(module: nn.Module) -> Any:
     """Return a copy of a module over the same memory, also that of tensors in attributes of its weights and others."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):

@@ -56,6 +56,11 @@ def call_around(node: fx.Node, called: Container[str] = ()) -> str | None:
     return layer_of(node) or (module_call_of(node, called) if called else None)
 
 
+def calls_in(gm: fx.GraphModule) -> Callable[[fx.Node], str | None]:
+    """Return `call_around` for the nodes of a program, which calls layers, and modules on which hooks stand."""
+    return partial(call_around, called=gm.meta.get("called", ()))
+
+
 def module_call_of(node: fx.Node, names: Container[str]) -> str | None:
     """Return the outermost module among `names` that `node` was captured in, with the number of its call; or None."""
     if node.op.startswith("call_"):

@@ -11,7 +11,7 @@ from torch import fx
 
 from ...compat.torch import OpOverload
 from ...graph.insertion import is_inserted
-from ...graph.layers import call_around
+from ...graph.layers import calls_in
 from ...graph.parameter_work import parameter_work
 from ...graph.queries import is_deterministic, is_narrow, is_product, operation_name, reads_tensor, value_of
 from ...graph.subgraph import function_between
@@ -186,7 +186,7 @@ def _sources(gm: fx.GraphModule, user: fx.Node, saved: set[fx.Node]) -> list[fx.
     Returns:
         Them, or why there are none.
     """
-    x, called = user.args[0], gm.meta.get("called", ())
+    x, call_of = user.args[0], calls_in(gm)
     if not isinstance(x, fx.Node) or x in saved:
         return "the input is saved anyway"
 
@@ -202,7 +202,7 @@ def _sources(gm: fx.GraphModule, user: fx.Node, saved: set[fx.Node]) -> list[fx.
         repeated += 1
         if not _is_cheap(node) and not _is_between_narrow(gm, node):
             return f"the input depends on {operation_name(node)}, which is neither saved nor repeated"
-        if call_around(node, called) != call_around(user, called):
+        if call_of(node) != call_of(user):
             return "the input comes from another module that is called, of which hooks may change it"
         if repeated > _LONGEST:
             return f"the input follows from saved values only in more than {_LONGEST} operations"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.insertion import is_inserted, record, recorded
-from ...graph.layers import layer_of
+from ...graph.layers import calls_in
 from ...graph.parameter_work import first_input, move_to_front, parameter_work
 from ...graph.queries import (
     is_deterministic,
@@ -34,8 +34,8 @@ class ShareSiblings(GraphPass):
     The one product is formed with the `A`s stacked one below the other, and split. Safe because each output of a
     product depends on one row of the matrix alone, and the matrices depend on no input of the graph, so that they can
     stand before the first product. Nothing is shared across a write in place, or a change of the mode of autograd or
-    autocast. An adapter that forms several products with its input, as PiSSA does, keeps them: its start is exact only
-    while they are rounded alike.
+    autocast, nor between modules on which hooks stand. An adapter that forms several products with its input, as PiSSA
+    does, keeps them: its start is exact only while they are rounded alike.
 
     Before that, equal computations of adapters become one, such as casts of one input and slices of one tensor. Those
     that draw random numbers stay apart, because dropout must drop other elements for each adapter.
@@ -45,13 +45,14 @@ class ShareSiblings(GraphPass):
         edits = _share_equal(gm)
         work = parameter_work(gm)
         known = set(work)
+        call_of = calls_in(gm)
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if is_product(node) and node not in known:
                 x, matrix = node.all_input_nodes[0], node.all_input_nodes[-1]
                 value = value_of(gm, matrix)
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
-                    groups[x, layer_of(node), value.dtype].append(node)
+                    groups[x, call_of(node), value.dtype].append(node)
         declined = _without_siblings(groups, known)
         sharing = _Sharing(gm, work, self.name)
         for (x, *_), products in groups.items():
@@ -183,14 +184,14 @@ class _Sharing:
 
 
 def _share_equal(gm: fx.GraphModule) -> int:
-    """Replace equal inserted nodes of a layer by the first of them; equal parameter work, also of several layers."""
-    work = set(parameter_work(gm))
+    """Replace equal inserted nodes of one call by the first of them; equal parameter work, also of several calls."""
+    work, call_of = set(parameter_work(gm)), calls_in(gm)
     first: dict[Any, fx.Node] = {}
     edits = 0
     for node in list(gm.graph.nodes):
         if not is_inserted(node) or not (node in work or is_deterministic(node)):
             continue
-        key = (node.op, node.target, repr(node.args), repr(node.kwargs), None if node in work else layer_of(node))
+        key = (node.op, node.target, repr(node.args), repr(node.kwargs), None if node in work else call_of(node))
         same = first.setdefault(key, node)
         if same is not node and (node in work or not obstacle_between(gm, same, node)):
             node.replace_all_uses_with(same)

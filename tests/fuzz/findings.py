@@ -117,6 +117,11 @@ FINDINGS: tuple[Found, ...] = (
         "calls",
         Calls(Net(("Conv",)), after=(ops.Hook("b0"), ops.Hook("b0.conv"))),
     ),
+    Found(
+        "a hook on a linear that reads what its siblings read",
+        "calls",
+        Calls(Net(("SelfAttention",)), "adapt", before=(ops.Hook("b0.attention.q"),)),
+    ),
     *(
         Found(f"what computes a weight is {words}, {path}", "calls", Calls(WEIGHT, path, after=(change,)))
         for words, change, path in (

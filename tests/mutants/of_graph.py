@@ -187,7 +187,21 @@ MUTANTS = (
         "self._acting_beside(hooked)",
         "hooked",
         "a hook inside a module with a hook does not act, in silence",
-        "tests/execution/test_layers.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",
+        "tests/execution/test_hooks.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",
+    ),
+    Mutant(
+        "lora_lite_fx/passes/optimize/share_siblings.py",
+        "groups[x, call_of(node), value.dtype]",
+        "groups[x, None, value.dtype]",
+        "a hook on one of siblings gets what the others have",
+        "tests/execution/test_hooks.py::test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone",
+    ),
+    Mutant(
+        "lora_lite_fx/passes/optimize/gather_bank_products.py",
+        "if len(set(map(calls_in(gm), (term.node for term in sums)))) > 1:",
+        "if False:",
+        "a hook on one of siblings gets what the others of a bank have",
+        "tests/execution/test_hooks.py::test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone",
     ),
     Mutant(
         "lora_lite_fx/capture/quirks/layouts.py",
@@ -201,7 +215,7 @@ MUTANTS = (
         "for path in whole if not computes_weights(path)",
         "for path in whole",
         "a hook on what computes a weight does not act, in silence",
-        "tests/execution/test_layers.py::test_a_hook_and_a_forward_on_what_computes_a_weight_are_warned_of",
+        "tests/execution/test_hooks.py::test_a_hook_and_a_forward_on_what_computes_a_weight_are_warned_of",
     ),
     Mutant(
         "lora_lite_fx/hugging_face/model_state.py",
@@ -215,7 +229,7 @@ MUTANTS = (
         "    node.meta[_FURTHER] = True\n",
         "",
         "a hook of a traced graph changes the coefficient of an adapter",
-        "tests/execution/test_layers.py::test_a_hook_on_a_module_outside_layers_does_not_see_the_coefficient_of_an_adapter",
+        "tests/execution/test_hooks.py::test_a_hook_on_a_module_outside_layers_does_not_see_the_coefficient_of_an_adapter",
     ),
     Mutant(
         "lora_lite_fx/passes/adaptation/insert_adapter.py",

@@ -303,10 +303,11 @@ def test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone(
     for each in (gm, wrapper):
         add_hook(each.get_submodule(name), kind)
     rows = torch.tensor([2, 0, 1]) if bank else None
-    for where in (contextlib.nullcontext, torch.no_grad):
+    for grad, scope in ((True, contextlib.nullcontext), (False, contextlib.nullcontext), (False, llfx.frozen)):
         results = []
         for each in (gm, wrapper):
-            with where(), llfx.by_row(each, rows) if rows is not None else contextlib.nullcontext():
+            by_row = llfx.by_row(each, rows) if rows is not None else contextlib.nullcontext()
+            with torch.set_grad_enabled(grad), by_row, scope(each) if each is gm else contextlib.nullcontext():
                 results.append(each(x))
         close(*results, 1e-9, "output")
 

@@ -191,16 +191,16 @@ MUTANTS = (
     ),
     Mutant(
         "lora_lite_fx/passes/optimize/share_siblings.py",
-        "groups[x, call_of(node), value.dtype]",
-        "groups[x, None, value.dtype]",
-        "a hook on one of siblings gets what the others have",
+        "None if node in work else call_of(node))",
+        "None)",
+        "a hook on one of siblings of a bank gets what the others have",
         "tests/execution/test_hooks.py::test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone",
     ),
     Mutant(
-        "lora_lite_fx/passes/optimize/gather_bank_products.py",
-        "if len(set(map(calls_in(gm), (term.node for term in sums)))) > 1:",
-        "if False:",
-        "a hook on one of siblings gets what the others of a bank have",
+        "lora_lite_fx/passes/optimize/share_siblings.py",
+        "groups[x, call_of(node), value.dtype]",
+        "groups[x, None, value.dtype]",
+        "a hook on one of siblings gets what the others have",
         "tests/execution/test_hooks.py::test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone",
     ),
     Mutant(
@@ -252,7 +252,7 @@ MUTANTS = (
         "layer_nodes.py::test_a_graph_that_is_cut_computes_what_the_model_does",
     ),
     _piece(
-        "            if places not in ({None}, {piece_of.get(made_by)}):\n",
+        "            if places not in ({None}, {number_of.get(made_by)}):\n",
         "            if False:\n",
         "a layer that runs again reads what was overwritten since",
         "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",

@@ -387,8 +387,8 @@ MUTANTS = (
     # ShareSiblings
     _mutant(
         "share_siblings",
-        "groups[x, layer_of(node), value.dtype].append(node)",
-        "groups[x, layer_of(node), None].append(node)",
+        "groups[x, call_of(node), value.dtype].append(node)",
+        "groups[x, call_of(node), None].append(node)",
         "a product has the type of another adapter's matrix",
         "test_conditions.py::test_matrices_of_two_types_are_not_stacked",
     ),

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ...graph.insertion import is_inserted
+from ...graph.layers import calls_in
 from ...graph.parameter_work import first_input
 from ...graph.queries import before_cast, obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
@@ -120,6 +121,8 @@ def _why_not_together(gm: fx.GraphModule, sums: Sequence[_Sum]) -> str:
     """Return why sums cannot be computed where the first of them stands; empty if they can."""
     if len({term.x for term in sums}) > 1:
         return "they read different inputs"
+    if len(set(map(calls_in(gm), (term.node for term in sums)))) > 1:
+        return "they are of different layers, or of modules on which hooks stand"
     place = min(term.node for term in sums)
     moved = sorted(term.y for term in sums)
     if why := obstacle_between(gm, moved[0], max(moved[-1], place)):

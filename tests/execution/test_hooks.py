@@ -287,7 +287,7 @@ def add_hook(module: nn.Module, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["output", "input"])
-@pytest.mark.parametrize("name", broad_after(1, ["one", "two"]))
+@pytest.mark.parametrize("name", broad_after(1, ["two", "one"]))
 @pytest.mark.parametrize(
     ("bank", "exported"), [(False, True), (False, False), (True, True)], ids=["exported", "traced", "bank"]
 )

@@ -190,6 +190,13 @@ MUTANTS = (
         "tests/execution/test_hooks.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",
     ),
     Mutant(
+        "lora_lite_fx/passes/optimize/gather_bank_products.py",
+        "if len(set(map(calls_in(gm), (term.node for term in sums)))) > 1:",
+        "if False:",
+        "a hook on a linear of a bank acts on what its siblings read",
+        "tests/execution/test_hooks.py::test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone",
+    ),
+    Mutant(
         "lora_lite_fx/passes/optimize/share_siblings.py",
         "None if node in work else call_of(node))",
         "None)",

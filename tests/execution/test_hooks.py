@@ -294,7 +294,7 @@ def add_hook(module: nn.Module, kind: str) -> None:
 def test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone(
     name: str, kind: str, bank: bool, exported: bool
 ) -> None:
-    base, x = Siblings().double(), torch.randn(3, 6, dtype=torch.float64)
+    base, x = Siblings().double(), torch.randn(3, 4, 6, dtype=torch.float64)
     lora = llfx.LoRA(r=2, target_names=(".",))
     cfg = llfx.Bank(lora, 3) if bank else lora
     gm, wrapper = llfx.rewrite(base, cfg, (x,) if exported else None), llfx.wrap(base, cfg, (x,))
@@ -302,14 +302,12 @@ def test_a_hook_on_one_of_siblings_sees_what_that_one_has_alone(
     llfx.load_adapter_state_dict(wrapper, llfx.adapter_state_dict(gm))
     for each in (gm, wrapper):
         add_hook(each.get_submodule(name), kind)
-    rows = torch.tensor([2, 0, 1]) if bank else None
+    rows = {"adapter_ids": torch.tensor([2, 0, 1])} if bank else {}
     for grad, scope in ((True, contextlib.nullcontext), (False, contextlib.nullcontext), (False, llfx.frozen)):
-        results = []
-        for each in (gm, wrapper):
-            by_row = llfx.by_row(each, rows) if rows is not None else contextlib.nullcontext()
-            with torch.set_grad_enabled(grad), by_row, scope(each) if each is gm else contextlib.nullcontext():
-                results.append(each(x))
-        close(*results, 1e-9, "output")
+        with torch.set_grad_enabled(grad), llfx.by_row(wrapper, *rows.values()) if bank else contextlib.nullcontext():
+            expected = wrapper(x)
+        with torch.set_grad_enabled(grad), scope(gm):
+            close(gm(x, **rows), expected, 1e-9, "output")
 
 
 def test_a_hook_that_computes_a_weight_of_a_graph_is_warned_of() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-from ..compat.torch_modules import children_of
+from ..compat.torch_modules import PRE_HOOKS_WITH_KEYWORDS, children_of, hooks_of
 from ..errors import AdapterError
 from ..graph.layers import is_layer, layer_of
 from ..graph.tensors import module_at
@@ -22,6 +23,30 @@ The result is a tensor; or a tuple, of which the first is the one that the layer
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
+
+
+class _Called(threading.local):
+    """The modules that programs of this thread call just now."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+
+_called = _Called()
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """Return how a program calls `module`: as it is, but that it must get its part if hooks may take that away."""
+    # Other hooks do not see keyword arguments.
+    return functools.partial(_call_with_part, module) if hooks_of(module, PRE_HOOKS_WITH_KEYWORDS) else module
+
+
+def _call_with_part(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    _called.modules.append(module)
+    try:
+        return module(*args, **kwargs)
+    finally:
+        _called.modules.pop()
 
 
 class RunsParts:
@@ -52,6 +77,12 @@ class RunsParts:
             kwargs: of a call without a part.
         """
         if part is None:
+            if self in _called.modules:
+                raise AdapterError(
+                    f"A hook before the call of a {type(self).__name__} took keyword arguments away, which say what a"
+                    " layer of a graph runs. The way out: return the keyword arguments as they are; activations are"
+                    " positional arguments here."
+                )
             return self.run_alone(*args, **kwargs)
         results = part(self, *unseen, *args)
         if more is None:

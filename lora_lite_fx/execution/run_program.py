@@ -19,7 +19,7 @@ from ..passes import Program as Kind
 from .compile_layers import LayerCompiler
 from .cut_program import Piece
 from .frozen import KeptValues
-from .layer_modules import Part
+from .layer_modules import Part, call_of
 from .memory_plan import Memory, MemoryPlan
 from .planned_part import PlannedPart
 from .tensor_reader import Reader, Values
@@ -115,11 +115,12 @@ class Program:
         if self.key.kind == "inference":
             assert self.kept is not None
             unseen = (*self.kept.values[number + 1], *unseen)
+        call = call_of(layer)
         if not piece.has_more_results or torch.is_grad_enabled():
-            return layer(*activations, part=piece.part, unseen=unseen)
+            return call(*activations, part=piece.part, unseen=unseen)
         # Without gradients a layer has caches among its results. Hooks expect its output alone.
         more: list[Any] = []
-        return layer(*activations, part=piece.part, unseen=unseen, more=more), *more
+        return call(*activations, part=piece.part, unseen=unseen, more=more), *more
 
     def keep_values(self, ids: Any) -> None:
         """Compute what the program needs of modules, and keep it.

@@ -93,6 +93,23 @@ def test_a_hook_that_changes_an_input_acts(front_end: str) -> None:
 
 
 @front_ends
+def test_a_hook_with_keyword_arguments_acts_and_must_hand_them_on(front_end: str) -> None:
+    model, wrapper = made(front_end, llfx.LoRA(r=2))
+    handles = []
+    for each in (model, wrapper):
+        hook = each.model.layers[1].register_forward_pre_hook(
+            lambda module, args, kwargs: ((1.5 * args[0], *args[1:]), kwargs), with_kwargs=True
+        )
+        handles.append(hook)
+    close(logits(model), logits(wrapper), 1e-9, "logits")
+    handles[0].remove()
+    model.model.layers[1].register_forward_pre_hook(lambda module, args, kwargs: (args, {}), with_kwargs=True)
+    for scope in (contextlib.nullcontext(), torch.no_grad()):
+        with scope, pytest.raises(llfx.AdapterError, match="took keyword arguments away"):
+            logits(model)
+
+
+@front_ends
 def test_backward_hooks_on_layers_fire(front_end: str) -> None:
     model, _ = made(front_end, llfx.LoRA(r=2))
     fired: list[int] = []

@@ -33,9 +33,7 @@ FORWARD_HOOKS = (FORWARD_PRE_HOOKS, "_forward_hooks")
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS, "_state_dict_hooks")
 """The attributes of a module that hold its hooks."""
-PRE_HOOKS_WITH_KEYWORDS = "_forward_pre_hooks_with_kwargs"
-"""The attribute of a module that holds which hooks before its calls get keyword arguments."""
-HOOKS_WITH_KEYWORDS = (PRE_HOOKS_WITH_KEYWORDS, "_forward_hooks_with_kwargs")
+HOOKS_WITH_KEYWORDS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 """The attributes of a module that hold which hooks get keyword arguments."""
 
 

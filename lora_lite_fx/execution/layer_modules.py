@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from torch import fx, nn
 
-from ..compat.torch_modules import PRE_HOOKS_WITH_KEYWORDS, children_of, hooks_of
+from ..capture.origins.hooks import hook_name, hooks_with_keywords_on
+from ..compat.torch_modules import children_of
 from ..errors import AdapterError
 from ..graph.layers import is_layer, layer_of
 from ..graph.tensors import module_at
@@ -26,23 +29,38 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class _Called(threading.local):
-    """The modules that programs of this thread call just now."""
+    """The modules that programs of this thread call just now, with their paths."""
 
     def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
+        self.modules: list[tuple[Any, str]] = []
 
 
 _called = _Called()
+_warned_of: WeakSet[nn.Module] = WeakSet()
 
 
-def call_of(module: nn.Module) -> Callable[..., Any]:
-    """Return how a program calls `module`: as it is, but that it must get its part if hooks may take that away."""
-    # Other hooks do not see keyword arguments.
-    return functools.partial(_call_with_part, module) if hooks_of(module, PRE_HOOKS_WITH_KEYWORDS) else module
+def call_of(module: nn.Module, path: str) -> Callable[..., Any]:
+    """Return how a program calls the module at a path: as it is, unless hooks stand on it that get keyword arguments.
+
+    Warns:
+        UserWarning: such hooks do, which do not get those of the model's own module.
+    """
+    hooks = hooks_with_keywords_on(module)
+    if not hooks:
+        return module
+    if module not in _warned_of:
+        _warned_of.add(module)
+        warnings.warn(
+            f"A hook on {path!r} takes keyword arguments, and does not get those of the model's module:"
+            f" {', '.join(map(hook_name, hooks))}. A layer of a graph gets what it reads as positional arguments, in"
+            " the order in which it reads them.",
+            stacklevel=2,
+        )
+    return functools.partial(_call_with_part, module, path)
 
 
-def _call_with_part(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    _called.modules.append(module)
+def _call_with_part(module: nn.Module, path: str, *args: Any, **kwargs: Any) -> Any:
+    _called.modules.append((module, path))
     try:
         return module(*args, **kwargs)
     finally:
@@ -77,11 +95,10 @@ class RunsParts:
             kwargs: of a call without a part.
         """
         if part is None:
-            if self in _called.modules:
+            if taken := [path for module, path in _called.modules if module is self]:
                 raise AdapterError(
-                    f"A hook before the call of a {type(self).__name__} took keyword arguments away, which say what a"
-                    " layer of a graph runs. The way out: return the keyword arguments as they are; activations are"
-                    " positional arguments here."
+                    f"A hook on {taken[-1]!r} took keyword arguments away, which say what a layer of a graph runs. The"
+                    " way out: return the keyword arguments as they are; activations are positional arguments here."
                 )
             return self.run_alone(*args, **kwargs)
         results = part(self, *unseen, *args)

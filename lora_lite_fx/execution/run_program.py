@@ -115,7 +115,7 @@ class Program:
         if self.key.kind == "inference":
             assert self.kept is not None
             unseen = (*self.kept.values[number + 1], *unseen)
-        call = call_of(layer)
+        call = call_of(layer, piece.path)
         if not piece.has_more_results or torch.is_grad_enabled():
             return call(*activations, part=piece.part, unseen=unseen)
         # Without gradients a layer has caches among its results. Hooks expect its output alone.

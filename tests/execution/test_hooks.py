@@ -101,11 +101,17 @@ def test_a_hook_with_keyword_arguments_acts_and_must_hand_them_on(front_end: str
             lambda module, args, kwargs: ((1.5 * args[0], *args[1:]), kwargs), with_kwargs=True
         )
         handles.append(hook)
-    close(logits(model), logits(wrapper), 1e-9, "logits")
+    with pytest.warns(UserWarning, match=r"'model\.layers\.1' takes keyword arguments, and does not get") as found:
+        ours = logits(model)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model)
+    close(ours, logits(wrapper), 1e-9, "logits")
     handles[0].remove()
     model.model.layers[1].register_forward_pre_hook(lambda module, args, kwargs: (args, {}), with_kwargs=True)
     for scope in (contextlib.nullcontext(), torch.no_grad()):
-        with scope, pytest.raises(llfx.AdapterError, match="took keyword arguments away"):
+        with scope, pytest.raises(llfx.AdapterError, match=r"A hook on 'model\.layers\.1' took keyword arguments away"):
             logits(model)
 
 

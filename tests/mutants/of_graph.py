@@ -190,6 +190,13 @@ MUTANTS = (
         "tests/execution/test_hooks.py::test_a_hook_inside_a_module_with_a_hook_is_warned_of_and_acts_when_that_is_gone",
     ),
     Mutant(
+        "lora_lite_fx/execution/layer_modules.py",
+        "            if taken := [path for module, path in _called.modules if module is self]:\n",
+        "            if taken := []:\n",
+        "a hook takes away what says what a layer runs, and the adapters do nothing",
+        "tests/execution/test_hooks.py::test_a_hook_with_keyword_arguments_acts_and_must_hand_them_on",
+    ),
+    Mutant(
         "lora_lite_fx/passes/optimize/gather_bank_products.py",
         "if len(set(map(calls_in(gm), (term.node for term in sums)))) > 1:",
         "if False:",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...compat.accelerate import offloading_hook_of
-from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
+from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, HOOKS_WITH_KEYWORDS, hooks_of
 from ...errors import CaptureError
 from ...storage.storages import STORAGES
 
@@ -22,6 +22,16 @@ def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
     them, and so they are part of the graph. The hook of compressed-tensors is left out, too, see `storage`.
     """
     return [hook for kind in kinds for hook in hooks_of(module, kind).values() if not _belongs_to_model(hook)]
+
+
+def hooks_with_keywords_on(module: nn.Module) -> list[Any]:
+    """Return the hooks that the user put on `module` and that get the keyword arguments of its calls."""
+    found = [
+        hooks_of(module, kind)[key]
+        for kind, with_keywords in zip(FORWARD_HOOKS, HOOKS_WITH_KEYWORDS, strict=True)
+        for key in hooks_of(module, with_keywords)
+    ]
+    return [hook for hook in found if not (_belongs_to_model(hook) or _is_of(hook, "torch."))]  # fully_shard has one
 
 
 def weight_hooks_on(module: nn.Module) -> tuple[Any, ...]:

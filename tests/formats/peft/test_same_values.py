@@ -186,8 +186,9 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
         weight, residual = (weight.t(), residual.t()) if transposed else (weight, residual)
         start = s * ours.lora_B0 @ ours.lora_A0
         a, b = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-        close(start, s * b @ a, f"{site}: s B0 A0")
-        close(weight - start, residual, f"{site}: W - s B0 A0")
+        # Theirs is decomposed in float32, which errs the more, the closer the first value left out is to the last kept.
+        close(start, s * b @ a, f"{site}: s B0 A0", tolerance=1e-4)
+        close(weight - start, residual, f"{site}: W - s B0 A0", tolerance=1e-4)
 
 
 @pytest.mark.parametrize(

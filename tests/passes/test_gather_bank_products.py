@@ -60,7 +60,10 @@ def test_a_bank_of_a_bfloat16_model_has_factors_in_float32() -> None:
     assert len(gathered(llfx.program(gm, "training"))) == 8
     plain = llfx.optimize(gm, OPTIMIZATIONS.without("gather_bank_products"))
     ids = torch.tensor([2, -1, 0, 2])
-    assert torch.equal(run(gm, ids), run(plain, ids))
+    # Gathered products of float32 add up in another order on some processors, so a sum may round to the next bfloat16.
+    result = run(gm, ids)
+    close(result, run(plain, ids), 0.02, "with and without the pass")
+    assert (result - run(gm, torch.full_like(ids, -1))).abs().max() > 0.2, "what the adapters add is far more"
 
 
 def test_gradients_of_gradients() -> None:

@@ -76,6 +76,18 @@ def test_memory_is_told_beside_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_step_is_told_by_operator(tmp_path: Path) -> None:
+    run("examples/benchmark_profile.py", "--quick", "--rows", "4", "--out", str(tmp_path / "profile.txt"))
+    _, _, title, *rows = (tmp_path / "profile.txt").read_text().splitlines()
+    assert title.split() == ["tiny,", "train,", "LoRA", "base", "peft", "ours", "ms", "a", "step"]
+    *parts, whole = [[float(value) for value in row.split()[-3:]] for row in rows]
+    assert len(parts) == 5
+    for column, total in zip(zip(*parts, strict=True), whole, strict=True):
+        assert abs(sum(column) - total) < 0.5, "rounded to tenths"
+        assert total > 0
+
+
+@pytest.mark.slow
 def test_compile_times_are_told_and_a_saved_cache_is_loaded() -> None:
     text = run("examples/compile_time.py", "--quick", "--width", "64", "--tokens", "8")
     names = [line.split(" layers:")[0].split() for line in text.splitlines()]

@@ -1,7 +1,7 @@
 """Show where a training step with adapters spends more than the frozen model's, by operator, beside PEFT.
 
     pip install -e ".[examples]" "peft>=0.20"
-    python examples/benchmark_profile.py             # the steps that `docs/results.md` explains: three minutes
+    python examples/benchmark_profile.py             # the steps that `docs/results.md` explains: four minutes
     python examples/benchmark_profile.py --quick     # one tiny step: that it runs
 
 Each figure is the time that an operator of torch takes itself, without those that it calls, in milliseconds a step, as

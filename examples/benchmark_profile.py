@@ -26,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 STEPS = ("smollm2-6-body:OFT", "smollm2-6-body:LoRA", "gpt2:LoRA", "bert:LoRA")
 ARMS = ("base", "peft", "ours")
+_OF_AUTOGRAD = "autograd::engine::evaluate_function: "
+"""What the profiler writes before the name of a function, for the time around it."""
 
 
 def main() -> None:
@@ -87,12 +89,11 @@ def table(title: str, found: dict[str, Counter[str]], rows: int) -> list[str]:
     extra = {op: max(abs(each[op] - found["base"][op]) for each in found.values()) for op in operators}
     shown = sorted(extra, key=lambda op: (-extra[op], op))[:rows]
     all_of_them = [sum(each.values()) for each in found.values()]
-    values = {op[:36]: [each[op] for each in found.values()] for op in shown}
-    values["the rest"] = [
-        whole - sum(each[op] for op in shown) for whole, each in zip(all_of_them, found.values(), strict=True)
-    ]
-    values["all"] = all_of_them
-    lines = [f"  {name:36}" + "".join(f"{value:10.1f}" for value in each) for name, each in values.items()]
+    values = [(op.removeprefix(_OF_AUTOGRAD), [each[op] for each in found.values()]) for op in shown]
+    printed = [sum(each[op] for op in shown) for each in found.values()]
+    values.append(("the rest", [whole - part for whole, part in zip(all_of_them, printed, strict=True)]))
+    values.append(("all", all_of_them))
+    lines = [f"  {name:36.36}" + "".join(f"{value:10.1f}" for value in each) for name, each in values]
     return [f"{title:38}" + "".join(f"{name:>10}" for name in found) + "   ms a step", *lines]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import benchmark_arms
 import benchmark_cases as cases
 import benchmark_cuda
 import benchmark_measures
+import benchmark_profile
 import benchmark_report as report
 import finetune_model
 import pytest
@@ -339,3 +341,19 @@ def test_unknown_arguments_are_refused_by_name(wrong: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         benchmark.main(wrong.split())
     assert wrong.split()[1] in capsys.readouterr().err
+
+
+def test_a_profile_has_the_operators_that_differ_most_and_their_sums() -> None:
+    prefix = "autograd::engine::evaluate_function: "
+    found = {
+        "base": Counter({"aten::mm": 5.0, "aten::add": 1.0}),
+        "ours": Counter({"aten::mm": 5.5, "aten::add": 1.0, f"{prefix}Mm": 2.0, f"{prefix}Add": 3.0}),
+    }
+    title, *rows = benchmark_profile.table("tiny", found, 2)
+    assert title.split() == ["tiny", "base", "ours", "ms", "a", "step"]
+    assert [row.rsplit(maxsplit=2) for row in rows] == [
+        ["  Add", "0.0", "3.0"],
+        ["  Mm", "0.0", "2.0"],
+        ["  the rest", "6.0", "6.5"],
+        ["  all", "6.0", "11.5"],
+    ]

@@ -75,7 +75,7 @@ def test_memory_is_told_beside_time(tmp_path: Path) -> None:
     assert parts["checkpoint_layers"] < 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.broad
 def test_a_step_is_told_by_operator(tmp_path: Path) -> None:
     run("examples/benchmark_profile.py", "--quick", "--rows", "4", "--out", str(tmp_path / "profile.txt"))
     _, _, title, *rows = (tmp_path / "profile.txt").read_text().splitlines()

@@ -13,7 +13,7 @@ from ...capture.quiet_torch import failures_unlogged
 from ...compat.torch import pytree
 from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
-from ...graph.regions import regions_of
+from ...graph.regions import opens_region, regions_of
 from ...graph.tensors import has_values
 from ...graph.writes import statistics_flag, written, written_roots
 
@@ -44,8 +44,9 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     placeholders = iter(graph.find_nodes(op="placeholder"))
     # A tensor that one mode overwrites is not that of the other, and so is nothing that is computed from it.
     overwritten = _overwritten(gm, evaluation)
+    # What saves the mode at the beginning of a region is copied, as its end is: else two ends would have one beginning.
     for node in graph.nodes:
-        has_effects = node.is_impure() or (node.op != "call_module" and written(gm, node))
+        has_effects = node.is_impure() or opens_region(node) or (node.op != "call_module" and written(gm, node))
         if not has_effects and (node.op == "get_attr" or node not in overwritten):
             known.setdefault((_key(node, {}), regions[node]), node)
     shared: set[fx.Node] = set()

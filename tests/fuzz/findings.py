@@ -251,6 +251,11 @@ FINDINGS: tuple[Found, ...] = (
     Found(
         "a size of one decides on zeros", "starts", Starts(("twice for one row", "times the condition"), 0.1, "zeros")
     ),
+    Found(
+        "a region without gradients before a computed weight, in both modes",
+        "calls",
+        Calls(Net(("AsksMode", "NoGrad", "NormedWeight"))),
+    ),
     # Models of transformers, and defaults.
     Found(
         "problem_type is not what the model would have made it",

@@ -148,7 +148,8 @@ def test_what_computes_alike_goes_on(change: Callable[[Any], object]) -> None:
     expected = gm(X)
     change(gm)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # torch.compile has a RuntimeWarning on Python 3.13.0
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # of torch.compile
         assert torch.equal(gm(X), expected)
 
 

@@ -33,9 +33,7 @@ _OF_AUTOGRAD = "autograd::engine::evaluate_function: "
 def main() -> None:
     """Run the command."""
     args = parse_arguments()
-    where = report.circumstances({"rounds": args.rounds, "rank": 16}, "cpu")
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    lines = [f"{where['machine']}; {where['system']}; {versions}; {where['date']}"]
+    lines = [report.table(report.circumstances({}, "cpu"), [])]  # the machine and the versions
     for step in args.steps:
         case, _, variant = step.partition(":")
         lines += ["", *table(f"{case}, train, {variant}", profiles(case, variant, args.rounds), args.rows)]

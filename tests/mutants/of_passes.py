@@ -465,6 +465,12 @@ MUTANTS = (
         "            in_eval = [*in_eval, *in_train][: len(in_train)]\n",
         "a list of operands of evaluation is cut to that of training",
     ),
+    _normalize(
+        "both_modes",
+        "node.is_impure() or opens_region(node) or",
+        "node.is_impure() or",
+        "a region of evaluation has its beginning in training",
+    ),
     # InlineRegions
     _normalize(
         "inline_regions",

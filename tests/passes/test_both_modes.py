@@ -193,6 +193,33 @@ def test_what_no_gradient_passes_is_of_each_mode() -> None:
         torch.testing.assert_close(*found)
 
 
+class ComputedWeight(nn.Module):
+    """Has a region without gradients before a linear whose weight is computed, in both of its modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + 1
+        with torch.no_grad():
+            scale = x.abs().mean()
+        result: Tensor = self.linear(x / scale)
+        return result
+
+
+def test_a_weight_that_is_computed_outside_of_a_region_has_its_adapter_in_both_modes() -> None:
+    gm = llfx.rewrite(ComputedWeight(), llfx.LoRA(r=2, target_names="."))
+    x = torch.randn(3, 4)
+    for training in (True, False):
+        gm.train(training)
+        randomise(gm, 0)
+        one = gm(x)
+        randomise(gm, 1)
+        assert not torch.allclose(one, gm(x))
+
+
 def test_parts_of_such_models_follow_their_modes_as_far_as_the_graph_can() -> None:
     gm, wrapped, x = adapted()
 

@@ -67,7 +67,9 @@ TIMED = ("forward", "decode", "train", "train-masked", *LARGE)
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
-    arm for arm in (*BASE, *ADAPTED) if arm not in ("base-compiled", "peft-liger", "ours-adapt", "ours-fused")
+    arm
+    for arm in (*BASE, *ADAPTED)
+    if arm not in ("base-compiled", "base-exported", "peft-liger", "ours-adapt", "ours-fused")
 ]
 
 

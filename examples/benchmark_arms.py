@@ -106,7 +106,7 @@ def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T
 
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
-BASE = ("base", "base-again", "base-graph", "base-compiled")
+BASE = ("base", "base-again", "base-graph", "base-compiled", "base-exported")
 ADAPTED = (
     "peft",
     "peft-compiled",
@@ -161,6 +161,10 @@ class Arms:
             arm = self._peft()
             apply_liger(arm.run)
             return replace(arm, name=name)
+        if name == "base-exported":
+            module = self.step.module.train(self.step.trains)
+            program = torch.export.export(module, (), self.step.example, dynamic_shapes=self.step.dynamic)
+            return Arm(name, self.step, program.module(), {})
         if name == "ours-exported":
             return Arm(name, self.step, self._exported(), {})
         return self._arm(name, self._module(name))

@@ -1,12 +1,13 @@
 """Time how long torch.compile takes for an adapted model: as a whole, or each kind of layer once.
 
-    pip install -e ".[examples]"
+    pip install -e ".[examples]" "peft>=0.20"
     python examples/compile_time.py                  # some minutes
     python examples/compile_time.py --quick          # few layers: that it runs
 
 Each line is a process of its own with the caches of torch.compile off: the CPU seconds of the first training step, with
 compilation, and the milliseconds of later ones. The last two lines show a warm start: `torch.compiler` saves what it
-compiled as bytes, and another process loads these before its first step.
+compiled as bytes, and another process loads these before its first step. One layer is also compiled merged and with
+PEFT's adapter, which is the same but for its random values.
 
 The model has the form of Llama, random weights, and a LoRA with r=16 at each linear.
 """
@@ -20,15 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
 import lora_lite_fx as llfx
 
-HOW = ("merged", "whole", "by layer")
+HOW = ("merged", "PEFT", "whole", "by layer")
 
 
 def main() -> None:
@@ -39,9 +42,8 @@ def main() -> None:
         return
     few, many = (2, 4) if args.quick else (4, 30)
     lines = [f"torch {torch.__version__}, 1 thread, d={args.width}, {args.tokens} tokens"]
-    cases = [(how, layers, "off") for layers in (few, many) for how in HOW[1:]]
-    if not args.quick:
-        cases = [("merged", 1, "off"), ("whole", 1, "off"), *cases]
+    cases = [(how, 1, "off") for how in HOW[:3]]
+    cases += [(how, layers, "off") for layers in (few, many) for how in HOW[2:]]
     cases += [("by layer", few, cache) for cache in ("save", "load")]
     with tempfile.TemporaryDirectory() as folder:
         for how, layers, cache in cases:
@@ -102,17 +104,27 @@ def compiled_model(args: argparse.Namespace) -> tuple[Any, list[torch.nn.Paramet
         num_key_value_heads=args.width // 64,
         vocab_size=512,
     )
-    gm: Any = llfx.rewrite(transformers.LlamaForCausalLM(config), llfx.LoRA(r=16)).train()
-    parameters = llfx.adapter_parameters(gm)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.normal_(std=0.02)
+    frozen = transformers.LlamaForCausalLM(config)
+    if args.how == "PEFT":
+        model = peft.get_peft_model(frozen, peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).train()
+        return torch.compile(model, fullgraph=True, dynamic=args.dynamic), randomized(model.parameters())
+    gm: Any = llfx.rewrite(frozen, llfx.LoRA(r=16)).train()
+    parameters = randomized(llfx.adapter_parameters(gm))
     if args.how == "by layer":
         return llfx.compile_layers(gm, fullgraph=True, dynamic=args.dynamic), parameters
     if args.how == "merged":  # the frozen model, with a gradient of the hidden state as adapters have it
         gm = llfx.merge(gm).requires_grad_(False)
         parameters = [gm.get_parameter("model.embed_tokens.weight").requires_grad_()]
     return torch.compile(gm, fullgraph=True, dynamic=args.dynamic), parameters
+
+
+def randomized(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Return those that are trained, with random values."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.02)
+    return trained
 
 
 def step(model: Any, ids: torch.Tensor, parameters: list[torch.nn.Parameter]) -> float:

@@ -18,7 +18,7 @@ from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
 from .asserted_decisions import is_other_decision
 from .comparable import revealed, varied
-from .differences import TOLERANCES, Difference, distance, largest
+from .differences import Difference, distance, largest, tolerance_for
 from .outputs import (
     Call,
     Mode,
@@ -95,6 +95,7 @@ def require_equal(
     compared = f"the graph of {type(model).__name__} with the model"
     with phase(f"compared {compared}", f"comparing {compared}") as details:
         comparison = _Comparison(gm, model, first, hint, details)
+        comparison.ran = {} if same_in_both_modes else None
         evaluation, *others = _modes(model)
         only_training = same_in_both_modes and len(calls) > 1
         for call in calls[1:] if only_training else calls:
@@ -129,6 +130,7 @@ class _Comparison:
         self.gm, self.model, self.first, self.hint, self.details = gm, model, first, hint, details
         self.questions = Questions()
         self.raised: list[_ModelRaises] = []
+        self.ran: dict[int, Outputs] | None = None  # what a graph without modes has computed, by the id of the call
 
     def compare(self, call: Call, mode: str, where: Mode, of_ours: bool = False) -> bool:
         """Compare on a call in a mode, and return whether both have run; raise `CaptureError` as `require_equal`.
@@ -138,7 +140,7 @@ class _Comparison:
             of_ours: whether some numbers of the inputs are not the user's. It is no matter then if the graph raises.
         """
         try:
-            rows = _all_rows(self.gm, self.model, call, mode, where, self.questions)
+            rows = _all_rows(self.gm, self.model, call, mode, where, self.questions, self.ran)
         except CaptureError:
             raise
         except _ModelRaises as reason:
@@ -230,17 +232,23 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
 
 
 def _all_rows(
-    gm: fx.GraphModule, model: nn.Module, call: Call, mode: str, where: Mode, questions: Questions | None = None
+    gm: fx.GraphModule,
+    model: nn.Module,
+    call: Call,
+    mode: str,
+    where: Mode,
+    questions: Questions | None = None,
+    ran: dict[int, Outputs] | None = None,
 ) -> list[Difference]:
     """Return the differences of the results; if one is not explained by rounding, those of all modules too."""
 
-    def compared() -> list[Difference]:
-        rows = _compare(gm, model, call, mode, where, by_module=False, questions=questions)
+    def compared(ran: dict[int, Outputs] | None = None) -> list[Difference]:
+        rows = _compare(gm, model, call, mode, where, by_module=False, questions=questions, ran=ran)
         return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, where, by_module=True)
 
     try:
         with revealed(model, gm):
-            return compared()
+            return compared(ran)
     except CaptureError:
         raise
     except Exception:  # a model may decide by values of its parameters
@@ -256,6 +264,7 @@ def _compare(
     by_module: bool,
     as_called: bool = False,
     questions: Questions | None = None,
+    ran: dict[int, Outputs] | None = None,
 ) -> list[Difference]:
     writes = written_parameters(gm, model)
     try:
@@ -268,20 +277,16 @@ def _compare(
         raise CaptureError(f"{type(model).__name__} {expected.kept}")
     if expected.counted is not None and questions is not None:
         questions.counted = expected.counted
-    actual = outputs_of_graph(gm, model, call, where, by_module, in_any_order=by_module)
+    ran = {} if ran is None else ran
+    actual = ran.get(id(call)) or outputs_of_graph(gm, model, call, where, by_module, in_any_order=by_module)
+    ran[id(call)] = actual
     if as_called:
         called = outputs_of_program(gm, call, where)
         # A call leaves logits out if its loss is fused; those of the flat graph stand for them.
         made = {name: value for name, value in called.results.items() if value is not None}
         actual = Outputs({**actual.results, **made}, called.buffers, actual.modules)
-    return list(_rows(expected, actual, nudged, model, mode, tolerance_for(model, call)))
-
-
-def tolerance_for(model: nn.Module, call: Call) -> float:
-    """Return how far results of a model may be apart for rounding, relative to the largest value."""
-    tensors = [leaf for leaf in (*model.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
-    # The coarsest dtype decides, because a result may be cast to a finer one at last.
-    return max((TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4)
+    tolerance = tolerance_for((*model.parameters(), *pytree.tree_leaves(call)))
+    return list(_rows(expected, actual, nudged, model, mode, tolerance))
 
 
 def _rows(

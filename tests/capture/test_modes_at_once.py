@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.compare import require_equal
 from tests.support.selection import broad_after
 from tests.support.stacks import Straight
 
@@ -127,3 +128,11 @@ def require_same(gm: Any, model: Any, x: Tensor) -> None:
             y = run(x)
             results.append((y, torch.autograd.grad(y.sum(), x)[0]))
         torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_graph_that_has_modes_is_run_in_each_of_them() -> None:
+    call = ((torch.randn(3, 4),), {})
+    model, other = ByMode(MODES["the same"][0]), ByMode(MODES["another number"][0])
+    require_equal(llfx.capture(model, *call[:1]), model, [call], same_in_both_modes=True)
+    with pytest.raises(llfx.CaptureError, match="in training"):
+        require_equal(llfx.capture(other, *call[:1]), model, [call], same_in_both_modes=False)

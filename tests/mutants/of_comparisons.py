@@ -25,7 +25,7 @@ MUTANTS = (
     ),
     Mutant(
         f"{_CAPTURE}compare.py",
-        "        with revealed(model, gm):\n            return compared()",
+        "        with revealed(model, gm):\n            return compared(ran)",
         "        return compared()",
         "a branch behind such a gate that a trace changes is not seen",
         f"{_GATES}a_branch_that_a_trace_changes_is_seen_behind_a_gate",
@@ -43,6 +43,13 @@ MUTANTS = (
         "return True",
         "a parameter of which one value is zero gets other values, with which a pretrained model may compute nonsense",
         f"{_GATES}parameters_over_one_storage_get_the_same_values_and_their_own_afterwards",
+    ),
+    Mutant(
+        f"{_CAPTURE}compare.py",
+        "{} if same_in_both_modes else None",
+        "{}",
+        "what a graph computes in training is not looked at",
+        "tests/capture/test_modes_at_once.py::test_a_graph_that_has_modes_is_run_in_each_of_them",
     ),
     Mutant(
         f"{_CAPTURE}omissions.py",

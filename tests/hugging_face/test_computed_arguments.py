@@ -198,6 +198,22 @@ def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) 
     close(results[0], results[1], 1e-8, "after a cache")
 
 
+class Draws(hf.LlamaForCausalLM):
+    """Draws a number that nobody reads in training calls with a mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if self.training and attention_mask is not None:
+            torch.rand(())
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def test_calls_that_draw_the_same_numbers_in_another_order_have_one_graph() -> None:
+    adapted: Any = llfx.adapt(Draws(tiny_llama(attention_dropout=0.1)), SITES).train()
+    for inputs in ({}, {"attention_mask": torch.ones_like(IDS)}):
+        adapted(IDS, use_cache=False, **inputs)
+    assert len(adapted._graphs.modules()) == 1
+
+
 class Keeps(hf.BertForMaskedLM):
     """Keeps the mean of its embeddings for calls of another kind, and a table that has the size of its inputs."""
 

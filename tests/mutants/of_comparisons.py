@@ -10,6 +10,14 @@ _COMPUTED = "tests/hugging_face/test_computed_arguments.py::test_"
 
 MUTANTS = (
     Mutant(
+        "lora_lite_fx/hugging_face/forms.py",
+        "for in_any_order in (False, True):",
+        "for in_any_order in (False,):",
+        "calls of a model that draws in another order with a mask have two graphs",
+        "tests/hugging_face/test_computed_arguments.py"
+        "::test_calls_that_draw_the_same_numbers_in_another_order_have_one_graph",
+    ),
+    Mutant(
         f"{_CAPTURE}omissions.py",
         "with revealed(self.model), torch.random",
         "with torch.random",

@@ -10,8 +10,7 @@ from torch import Tensor, fx
 
 from ..capture.capture_model import Inputs, call_of
 from ..capture.comparable import comparable
-from ..capture.compare import tolerance_for
-from ..capture.differences import distance, largest
+from ..capture.differences import distance, largest, tolerance_for
 from ..capture.graph_calls import values_of_call
 from ..capture.outputs import as_before, buffers_of, copied, has_data, results_of
 from ..capture.refusal import in_one_line

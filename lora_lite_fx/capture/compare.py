@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..compat.torch import pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
@@ -285,8 +284,7 @@ def _compare(
         # A call leaves logits out if its loss is fused; those of the flat graph stand for them.
         made = {name: value for name, value in called.results.items() if value is not None}
         actual = Outputs({**actual.results, **made}, called.buffers, actual.modules)
-    tolerance = tolerance_for((*model.parameters(), *pytree.tree_leaves(call)))
-    return list(_rows(expected, actual, nudged, model, mode, tolerance))
+    return list(_rows(expected, actual, nudged, model, mode, tolerance_for(model, call)))
 
 
 def _rows(

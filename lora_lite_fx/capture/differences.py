@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..compat.torch import pytree
 from ..text_table import text_table
 
 # How far two results may differ, relative to the largest value: another kernel may compute the same to rounding.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def tolerance_for(values: Iterable[Any]) -> float:
-    """Return how far results of these values may be apart for rounding, relative to the largest value."""
+def tolerance_for(model: nn.Module, call: Any) -> float:
+    """Return how far results of a call of a model may be apart for rounding, relative to the largest value."""
+    values = (*model.parameters(), *pytree.tree_leaves(call))
     dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     # The coarsest dtype decides, because a result may be cast to a finer one at last.
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=1e-4)

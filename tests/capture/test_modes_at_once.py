@@ -131,8 +131,8 @@ def require_same(gm: Any, model: Any, x: Tensor) -> None:
 
 
 def test_a_graph_that_has_modes_is_run_in_each_of_them() -> None:
-    call = ((torch.randn(3, 4),), {})
+    inputs = (torch.randn(3, 4),)
     model, other = ByMode(MODES["the same"][0]), ByMode(MODES["another number"][0])
-    require_equal(llfx.capture(model, *call[:1]), model, [call], same_in_both_modes=True)
+    require_equal(llfx.capture(model, inputs), model, [(inputs, {})], same_in_both_modes=True)
     with pytest.raises(llfx.CaptureError, match="in training"):
-        require_equal(llfx.capture(other, *call[:1]), model, [call], same_in_both_modes=False)
+        require_equal(llfx.capture(other, inputs), model, [(inputs, {})], same_in_both_modes=False)

@@ -15,7 +15,8 @@ agree in outputs and gradients before anything is measured. They are called in t
 An arm that takes four times as long as the base takes part in every fourth round. The base is an arm twice; if its two
 times differ by more than 3 %, the run is void. A CPU is timed by the processor time of one thread, a GPU by events.
 
-Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
+Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`,
+`base-exported` (by `torch.export`; its `capture` is the time of that, after what torch imports for it), `peft`,
 `peft-compiled`, `peft-liger` (with Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks`
 (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and
 `ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-exported` (by `llfx.bake` and

@@ -19,7 +19,7 @@ from pathlib import Path
 import benchmark_report as report
 import torch
 from benchmark import start_anew
-from benchmark_arms import Arm, Arms, capture, config
+from benchmark_arms import VARIANTS, Arm, Arms, capture, config
 from benchmark_cases import CASES
 from finetune_options import positive
 from torch.profiler import ProfilerActivity, profile
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", nargs="+", default=STEPS, metavar="CASE:VARIANT", help="as of benchmark.py")
+    add("--steps", nargs="+", type=step_name, default=STEPS, metavar="CASE:VARIANT", help="as of benchmark.py")
     add("--rounds", type=positive, default=9, help="in which each arm is profiled (default: %(default)s)")
     add("--rows", type=positive, default=8, help="operators to print (default: %(default)s)")
     add("--quick", action="store_true", help="one tiny step, one round")
@@ -56,6 +56,15 @@ def parse_arguments() -> argparse.Namespace:
     if args.quick:
         args.steps, args.rounds = ("tiny:LoRA",), 1
     return args
+
+
+def step_name(text: str) -> str:
+    """Return the name of a step, a case and a variant with a colon between; argparse prints what is wrong with it."""
+    case, _, variant = text.partition(":")
+    if case not in CASES or variant not in VARIANTS:
+        known = f"the cases are {', '.join(CASES)}, the variants {', '.join(VARIANTS)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a case and a variant: {known}")
+    return text
 
 
 def profiles(case: str, variant: str, rounds: int) -> dict[str, Counter[str]]:

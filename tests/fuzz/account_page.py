@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tests.fuzz.account import PATHS, Row
 from tests.fuzz.account_rows import ROWS
-from tests.fuzz.known import OF_ACCOUNT
 
 PAGE = Path(__file__).parents[2] / "docs" / "account.md"
 
@@ -20,7 +19,6 @@ adapted model does when it changes after `rewrite` (with example inputs, or trac
 - **refused**: an error or a warning names the change.
 - **ignored**: the call gives what it gave before, for the reason below the table.
 - **n/a**: this path has no such change.
-- *not yet* beside a word: the library does otherwise today, as an open entry of `tests/fuzz/known.py` says.
 
 No dependency is left open. `tests/fuzz/test_account.py` checks each cell, and this page is printed by
 `python -m tests.fuzz.account_page`.
@@ -42,10 +40,9 @@ def page() -> str:
 
 
 def _cell(row: Row, path: str, notes: dict[str, int]) -> str:
-    """Return a cell: its word, the number of its reason, and whether it is open."""
+    """Return a cell: its word, and the number of its reason."""
     word, _, reason = row.cells[path].partition(": ")
-    numbered = f"{word} ({notes.setdefault(reason, len(notes) + 1)})" if reason else word
-    return f"{numbered}, *not yet*" if (row.group, row.name, path) in OF_ACCOUNT else numbered
+    return f"{word} ({notes.setdefault(reason, len(notes) + 1)})" if reason else word
 
 
 if __name__ == "__main__":

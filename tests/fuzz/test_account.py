@@ -16,7 +16,6 @@ from tests.fuzz import account_page
 from tests.fuzz.account import FOLLOWED, IGNORED, PATHS, REFUSED, Row, leave
 from tests.fuzz.account_models import Ask, Subject, adapted, result_of
 from tests.fuzz.account_rows import ROWS
-from tests.fuzz.known import OF_ACCOUNT
 from tests.fuzz.oracle import FORMULAS, Oracle
 from tests.fuzz.verdict import Void, Wrong, is_ours, require_close
 from tests.support.conformance import randomise
@@ -29,8 +28,6 @@ CELLS = [(row, path) for row in ROWS for path in PATHS]
 
 def mark(row: Row, path: str) -> Any:
     marks = []
-    if (row.group, row.name, path) in OF_ACCOUNT:
-        marks.append(pytest.mark.xfail(strict=True, reason=OF_ACCOUNT[row.group, row.name, path]))
     first = [each for each in ROWS if each.group == row.group][:1]
     if path != "rewrite" or row not in first:
         marks.append(pytest.mark.slow if path == "backend" else pytest.mark.broad)  # it compiles each cell
@@ -165,10 +162,6 @@ def test_the_rows_that_are_to_matter_do() -> None:
 
 def test_the_page_is_the_account() -> None:
     assert account_page.PAGE.read_text(encoding="utf-8") == account_page.page(), "python -m tests.fuzz.account_page"
-
-
-def test_each_known_cell_is_one() -> None:
-    assert {(row.group, row.name, path) for row, path in CELLS} >= OF_ACCOUNT.keys()
 
 
 def test_names_of_rows_are_told_apart() -> None:

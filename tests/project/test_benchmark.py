@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections import Counter
 from pathlib import Path
@@ -326,7 +327,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("arm", ["ours", "peft"])
+@pytest.mark.parametrize("arm", ["ours", "peft", "base-exported"])
 def test_what_comes_once_is_measured_in_a_process_of_its_own(arm: str) -> None:
     settings = f"--alone --cases tiny-qkv --variants LoRA --arms {arm}"
     measured = benchmark_alone.alone(benchmark.parse_arguments(settings.split()))
@@ -341,6 +342,13 @@ def test_unknown_arguments_are_refused_by_name(wrong: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         benchmark.main(wrong.split())
     assert wrong.split()[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["nothing:LoRA", "tiny:Adapter", "tiny"])
+def test_an_unknown_step_is_refused_by_name(wrong: str) -> None:
+    assert benchmark_profile.step_name("tiny:LoRA") == "tiny:LoRA"
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{wrong}' is not a case and a variant"):
+        benchmark_profile.step_name(wrong)
 
 
 def test_a_profile_has_the_operators_that_differ_most_and_their_sums() -> None:

@@ -194,11 +194,11 @@ def _first_equal(
     """
 
     @functools.cache
-    def expected(in_any_order: bool) -> list[tuple[tuple[dict[str, Any], bool], Leaves]]:
-        runs = ((call, _results(part, *call, in_any_order)) for call in calls)
-        return [(call, results) for call, results in runs if results is not None]
+    def expected(in_any_order: bool) -> list[Leaves | None]:
+        return [_results(part, *call, in_any_order) for call in calls]
 
-    if not expected(False):
+    taken = [number for number, results in enumerate(expected(False)) if results is not None]
+    if not taken:
         return None
     given = {} if positions is None else {"position_ids": positions}
     for form in forms:
@@ -207,8 +207,8 @@ def _first_equal(
             return normalize_call(part, decoder, {**call, **given}, form, fuses_loss)
 
         for in_any_order in (False, True):  # a form may draw random numbers in another order, which is slow to allow
-            runs = ((results, _results(part, *call, in_any_order, normal)) for call, results in expected(in_any_order))
-            if all(_are_same(*pair) for pair in runs):
+            results = expected(in_any_order)
+            if all(_are_same(results[i], _results(part, *calls[i], in_any_order, normal)) for i in taken):
                 return [form]
     return []
 
@@ -258,9 +258,9 @@ def _leaves_of(result: Any, arguments: Mapping[str, Any], keeps_cache: bool) -> 
     return leaves
 
 
-def _are_same(expected: Leaves, actual: Leaves | None) -> bool:
+def _are_same(expected: Leaves | None, actual: Leaves | None) -> bool:
     """Tell whether a call in normal form has the results of the call as it came; its cache may be left beside them."""
-    if actual is None or any(name.startswith("result") and name not in expected for name in actual):
+    if expected is None or actual is None or any(name.startswith("result") and name not in expected for name in actual):
         return False
     return all(name in actual and agree(actual[name], value) for name, value in expected.items())
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import finetune_model
@@ -27,7 +27,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
 
 import lora_lite_fx as llfx
-from lora_lite_fx.passes import Pipeline
+from lora_lite_fx.passes import DropMetadataAsserts, Pipeline
 
 VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 
@@ -173,8 +173,9 @@ class Arms:
         if self.step.trains:
             raise llfx.ConfigError("a baked program does not train")
         program = torch.export.export(llfx.bake(llfx.optimize(self.ours).eval()), (), dict(self.step.inputs))
-        exported: nn.Module = program.module()
-        return exported
+        exported: Any = program.module()
+        Pipeline((DropMetadataAsserts(),)).run(exported)  # as `llfx.export`, which takes no caches as they are here
+        return cast(nn.Module, exported)
 
     def _module(self, name: str) -> nn.Module:
         step = self.step

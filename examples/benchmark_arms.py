@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import finetune_model
@@ -173,9 +173,9 @@ class Arms:
         if self.step.trains:
             raise llfx.ConfigError("a baked program does not train")
         program = torch.export.export(llfx.bake(llfx.optimize(self.ours).eval()), (), dict(self.step.inputs))
-        exported: Any = program.module()
+        exported: torch.fx.GraphModule = program.module()
         Pipeline((DropMetadataAsserts(),)).run(exported)  # as `llfx.export`, which takes no caches as they are here
-        return cast(nn.Module, exported)
+        return exported
 
     def _module(self, name: str) -> nn.Module:
         step = self.step

@@ -42,8 +42,8 @@ def main() -> None:
         return
     few, many = (2, 4) if args.quick else (4, 30)
     lines = [f"torch {torch.__version__}, 1 thread, d={args.width}, {args.tokens} tokens"]
-    cases = [(how, 1, "off") for how in HOW[:3]]
-    cases += [(how, layers, "off") for layers in (few, many) for how in HOW[2:]]
+    cases = [(how, 1, "off") for how in ("merged", "PEFT", "whole")]
+    cases += [(how, layers, "off") for layers in (few, many) for how in ("whole", "by layer")]
     cases += [("by layer", few, cache) for cache in ("save", "load")]
     with tempfile.TemporaryDirectory() as folder:
         for how, layers, cache in cases:

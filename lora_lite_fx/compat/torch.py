@@ -80,6 +80,26 @@ disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "leaving the modes one by one, which only whoever entered them can do",
 )
 
+_without_dispatch: Callable[[], AbstractContextManager[Any]] = needed(
+    "torch.utils._mode_utils.no_dispatch", "disable_current_modes, which does it for some twenty times as long"
+)
+
+
+def tensors_without_data(like: Tensor) -> Callable[[FakeTensorMode], Tensor]:
+    """Return a function that makes tensors like one without data, each in a storage of its own.
+
+    Stands for `torch.empty_strided` under the mode, which takes six times as long.
+    """
+    size, stride, dtype, device = like.size(), like.stride(), like.dtype, like.device
+
+    def make(mode: FakeTensorMode) -> Tensor:
+        with _without_dispatch():
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        made: Tensor = FakeTensor(mode, tensor, device)
+        return made
+
+    return make
+
 
 # Operators.
 

@@ -20,6 +20,7 @@ from ...graph.regions import has_branches
 from ..quirks.quirk import Call
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .graph_program import Layers
+from .known_operators import KnownOperators
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
 from .program import NotRepeated, Program
@@ -44,6 +45,7 @@ class ByDepth:
         self._stacks = stacks_of(model)
         self._drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
         self._shown: list[tuple[Sizes, Run]] = []
+        self._known = KnownOperators()
         self.few_layers: dict[str, int] = {}
         """How many layers of each stack were captured, in the last mode; empty if all were."""
 
@@ -75,7 +77,7 @@ class ByDepth:
         if not self._shown:
             return None
         try:
-            stand_in = StandIn(self._model, self._stacks)
+            stand_in = self._without_data()
             if not self._drops and all(stand_in.run(self._call, sizes) == run for sizes, run in self._shown):
                 return gm
             return self._with_other_dropouts(gm, stand_in)
@@ -99,11 +101,15 @@ class ByDepth:
         if not has_branches(gm):
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
-                self._shown = [(sizes, StandIn(self._model, self._stacks).run(self._call, sizes))]
+                self._shown = [(sizes, self._without_data().run(self._call, sizes))]
         return gm
 
+    def _without_data(self) -> StandIn:
+        """Return a new stand-in, which knows the operators of the ones before, and counts its symbols from zero."""
+        return StandIn(self._model, self._stacks, self._known)
+
     def _in_part(self) -> tuple[fx.GraphModule, Mapping[str, Repetition]]:
-        stand_in = StandIn(self._model, self._stacks)
+        stand_in = self._without_data()
         # Sizes of the example could be equal to a number of the model, so check others that the graph takes.
         sizes = guessed_sizes(self._leaves)
         try:

@@ -8,8 +8,9 @@ the comparisons of sizes too, because a graph holds for those sizes alone for wh
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from ..autograd_functions import telling_functions
 from ..quirks.all_quirks import without_data
 from ..quirks.quirk import Call
 from .dropouts import Dropout, WithoutDropouts
+from .known_operators import KnownOperators
 from .program import NotRepeated, Part, Read, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals
 
@@ -53,12 +55,14 @@ class StandIn:
     Args:
         model: left as it is.
         stacks: names of the containers whose members are marked in the record.
+        known: the operators of stand-ins before.
     """
 
-    def __init__(self, model: nn.Module, stacks: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, stacks: Mapping[str, int], known: KnownOperators) -> None:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._known = known
         memo: dict[int, Any] = {}
         share_signatures(model, memo)
         for module in model.modules():
@@ -113,7 +117,7 @@ class StandIn:
             torch.enable_grad(),
             exporting(),
             without_data(self.model, self._mode),
-            _Operators(record),
+            _Operators(record, functools.partial(self._known.call, self._mode)),
             WatchedFunctions(record.event),
             telling_functions(record.function),
             nullcontext() if dropouts is None else WithoutDropouts(dropouts),
@@ -143,16 +147,17 @@ class _Record:
         self._origins[id(tensor)] = (name, 0)
         self._kept.append(tensor)
 
-    def add(self, what: Hashable, values: Any, results: Any) -> None:
-        """Add a step.
+    def add(self, what: Hashable, values: Any, call: Callable[[Hashable], Any]) -> Any:
+        """Add a step, and return its result.
 
         Args:
             what: it does.
             values: of its arguments, tensors among them.
-            results: what it returns.
+            call: runs it. Gets what its arguments look like.
         """
         reads: list[Read] = []
         arguments = self._described(values, reads)
+        results = call(arguments)
         outcome: list[Hashable] = []
         leaves = [results] if isinstance(results, Tensor) else pytree.tree_leaves(results)
         for index, result in enumerate(leaves):
@@ -166,6 +171,7 @@ class _Record:
                 self._origins[id(result)] = (len(self.steps), index)
                 self._kept.append(result)
         self.steps.append(Step((what, arguments, tuple(outcome)), tuple(reads), tuple(self._inside)))
+        return results
 
     def result(self, leaf: Any) -> Result:
         """Return a leaf of what the model returns, as a record."""
@@ -182,16 +188,16 @@ class _Record:
         self.event((f"{function.__module__}.{function.__qualname__}", id(function), literals(args)))
 
     def _described(self, value: Any, reads: list[Read]) -> Hashable:
-        if isinstance(value, Tensor):
-            if (origin := self._origins.get(id(value))) is None:
-                return _constant(value)
-            reads.append(origin)
-            return _like(value)
-        if isinstance(value, (tuple, list)):
-            return tuple(self._described(item, reads) for item in value)
+        if isinstance(value, (tuple, list)):  # before tensors, of which it takes longer to ask
+            return tuple([self._described(item, reads) for item in value])
         if isinstance(value, dict):
-            return tuple((key, self._described(item, reads)) for key, item in value.items())
-        return literal(value)
+            return tuple([(key, self._described(item, reads)) for key, item in value.items()])
+        if not isinstance(value, Tensor):
+            return literal(value)
+        if (origin := self._origins.get(id(value))) is None:
+            return _constant(value)
+        reads.append(origin)
+        return _like(value)
 
 
 def _like(tensor: Tensor) -> Hashable:
@@ -217,14 +223,13 @@ class _Operators(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, record: _Record) -> None:
+    def __init__(self, record: _Record, call: Callable[..., Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.record = record
+        self._record, self._call = record, call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # which autograd asks for; a graph has no such step
             return args[0].device
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.record.add(str(func), (args, kwargs, torch.is_grad_enabled()), result)
-        return result
+        call = functools.partial(self._call, func, args, kwargs)
+        return self._record.add(str(func), (args, kwargs, torch.is_grad_enabled()), call)

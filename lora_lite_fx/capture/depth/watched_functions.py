@@ -62,13 +62,11 @@ class WatchedFunctions(TorchFunctionMode):
 
 def literals(value: Any) -> Hashable:
     """Return a key for what is no tensor in the arguments of a call."""
-    if isinstance(value, Tensor):
-        return "tensor"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)):  # before tensors, of which it takes longer to ask
         return tuple(map(literals, value))
     if isinstance(value, dict):
-        return tuple((key, literals(item)) for key, item in value.items())
-    return literal(value)
+        return tuple([(key, literals(item)) for key, item in value.items()])
+    return "tensor" if isinstance(value, Tensor) else literal(value)
 
 
 def literal(value: Any) -> Hashable:

@@ -80,6 +80,10 @@ disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "leaving the modes one by one, which only whoever entered them can do",
 )
 
+unseen_by_functions: Callable[[], AbstractContextManager[Any]] = needed(
+    "torch._C.DisableTorchFunction",
+    "torch._C.DisableTorchFunctionSubclass: documented, but lets modes see what an operator calls inside",
+)
 _without_dispatch: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.utils._mode_utils.no_dispatch", "disable_current_modes, which does it for some twenty times as long"
 )

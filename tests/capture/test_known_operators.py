@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lora_lite_fx.capture.depth import known_operators
 from lora_lite_fx.capture.depth.known_operators import KnownOperators
 from lora_lite_fx.capture.depth.operators import Run, StandIn
 from lora_lite_fx.capture.depth.stacks import stacks_of
-from lora_lite_fx.compat.torch import tensors_without_data
+from lora_lite_fx.compat.torch import OpOverload, tensors_without_data, unseen_by_functions
 from tests.support.stacks import Stack
 
 
@@ -75,8 +76,17 @@ def writes_to_one_of_two(x: Tensor) -> Tensor:
     return one + other
 
 
+def inside_vmap(x: Tensor) -> Tensor:
+    kept = x > 0
+    columns = torch.vmap(lambda column: torch.cat([kept[:, 0], kept[0, :2]]) & (column > 0), out_dims=1)
+    rows = torch.vmap(lambda row: kept.view(4, 6)[0].clone())
+    seen: Tensor = columns(torch.arange(6))[:4] & rows(torch.arange(4))
+    return x * seen
+
+
 CALLS = (
-    in_place, strided_views, conjugates, numbers, sizes_of_values, default_dtypes, several_results, writes_to_one_of_two
+    in_place, strided_views, conjugates, numbers, sizes_of_values, default_dtypes, several_results, inside_vmap,
+    writes_to_one_of_two,
 )  # fmt: skip
 
 
@@ -92,11 +102,13 @@ def records(model: nn.Module, call: Any, monkeypatch: pytest.MonkeyPatch) -> tup
         return found
 
     known = runs()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            KnownOperators, "call", lambda self, mode, operator, args, kwargs, looks: operator(*args, **kwargs)
-        )
-        return known, runs()
+
+    def ask(self: KnownOperators, mode: Any, operator: Any, args: Any, kwargs: Any, looks: Any) -> Any:
+        with unseen_by_functions() if isinstance(operator, OpOverload) else nullcontext():
+            return operator(*args, **kwargs)
+
+    monkeypatch.setattr(KnownOperators, "call", ask)
+    return known, runs()
 
 
 @pytest.mark.parametrize("calls", CALLS, ids=lambda calls: str(calls.__name__))
@@ -121,7 +133,8 @@ def test_operators_are_asked_once_for_all_layers_and_modes(monkeypatch: pytest.M
     monkeypatch.setattr(known_operators, "tensors_without_data", learn)
 
     def counts(layers: int) -> list[int]:
-        known, found = KnownOperators(), []
+        known = KnownOperators()
+        found: list[int] = []
         for training in (True, False):
             stand_in = StandIn(Stack(layers=layers).train(training), {"layers": layers}, known)
             stand_in.run(((torch.randn(3, 4),), {}), dropouts=[])

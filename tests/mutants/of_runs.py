@@ -8,8 +8,8 @@ _SAME = "tests/capture/test_known_operators.py::test_a_run_of_known_operators_re
 MUTANTS = (
     Mutant(
         _KNOWN,
-        "        and not schema_of(operator).is_mutable\n",
-        "",
+        "not schema_of(operator).is_mutable",
+        "True",
         "what an operator in place returns is another tensor than it wrote to",
         _SAME,
     ),
@@ -50,9 +50,16 @@ MUTANTS = (
     ),
     Mutant(
         _KNOWN,
-        "            return make(mode)\n",
-        "            return self.__dict__.setdefault('made', {}).setdefault(key, make(mode))\n",
+        "                return make(mode)\n",
+        "                return self.__dict__.setdefault('made', {}).setdefault(key, make(mode))\n",
         "two results that look alike are one tensor, and a write to one of them counts for both",
+        _SAME,
+    ),
+    Mutant(
+        _KNOWN,
+        "        with unseen_by_functions():  #",
+        "        if True:  #",
+        "the first layer records what torch calls inside an operator and the others do not, so that none is stamped",
         _SAME,
     ),
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat.torch import FakeTensor, FakeTensorMode, OpOverload, schema_of, tensors_without_data
+from ...compat.torch import FakeTensor, FakeTensorMode, OpOverload, schema_of, tensors_without_data, unseen_by_functions
 
 
 class KnownOperators:
@@ -30,24 +30,26 @@ class KnownOperators:
             args, kwargs: of the call.
             looks: a key for all that the call depends on, but for the settings of the process.
         """
+        if not isinstance(operator, OpOverload):
+            return operator(*args, **kwargs)
         key = operator, looks, torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        if (make := self._known.get(key)) is not None:
-            return make(mode)
-        result = operator(*args, **kwargs)
-        if _follows_from_looks(operator, result):
-            self._known[key] = tensors_without_data(result)
-        return result
+        with unseen_by_functions():  # a mode inside `torch.vmap` would see what torch calls, and only where it is asked
+            if (make := self._known.get(key)) is not None:
+                return make(mode)
+            result = operator(*args, **kwargs)
+            if _follows_from_looks(operator, result):
+                self._known[key] = tensors_without_data(result)
+            return result
 
 
-def _follows_from_looks(operator: Any, result: Any) -> bool:
+def _follows_from_looks(operator: OpOverload, result: Any) -> bool:
     """Tell whether a later call may get a tensor like `result`.
 
     A tensor of one value may have that value with it. A complex one may be the conjugate of what it shows. Sizes may
     follow from values.
     """
     return (
-        isinstance(operator, OpOverload)
-        and not schema_of(operator).is_mutable
+        not schema_of(operator).is_mutable
         and type(result) is FakeTensor
         and all(isinstance(number, int) for number in (*result.shape, *result.stride()))
         and result.numel() > 1

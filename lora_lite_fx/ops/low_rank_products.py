@@ -168,9 +168,9 @@ class LowRankProducts(Recomputing):
         """Return whether the sums can be formed in place, and the gradients by hand."""
         if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
             return False
-        if self.ranks and torch.promote_types(x.dtype, a.dtype) is not a.dtype:
-            return False
         base, adapter = x.dtype, a.dtype
+        if self.ranks and base is not adapter and torch.promote_types(base, adapter) is not adapter:
+            return False
         dtypes = itertools.chain((base, adapter), itertools.cycle(Branch(base, base, adapter, adapter)))
         pairs = zip((x, a, *rest[self.sources :]), dtypes, strict=False)
         tensors = [(tensor, dtype) for tensor, dtype in pairs if tensor is not None]

@@ -80,7 +80,7 @@ disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "leaving the modes one by one, which only whoever entered them can do",
 )
 
-unseen_by_functions: Callable[[], AbstractContextManager[Any]] = needed(
+unseen_by_function_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "torch._C.DisableTorchFunction",
     "torch._C.DisableTorchFunctionSubclass: documented, but lets modes see what an operator calls inside",
 )
@@ -92,7 +92,8 @@ _without_dispatch: Callable[[], AbstractContextManager[Any]] = needed(
 def tensors_without_data(like: Tensor) -> Callable[[FakeTensorMode], Tensor]:
     """Return a function that makes tensors like one without data, each in a storage of its own.
 
-    Stands for `torch.empty_strided` under the mode, which takes six times as long.
+    Stands for `torch.empty_strided` under the mode, which takes six times as long. Function modes see it called, unless
+    the body of `unseen_by_function_modes` does.
     """
     size, stride, dtype, device = like.size(), like.stride(), like.dtype, like.device
 

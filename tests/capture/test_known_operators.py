@@ -14,7 +14,7 @@ from lora_lite_fx.capture.depth import known_operators
 from lora_lite_fx.capture.depth.known_operators import KnownOperators
 from lora_lite_fx.capture.depth.operators import Run, StandIn
 from lora_lite_fx.capture.depth.stacks import stacks_of
-from lora_lite_fx.compat.torch import OpOverload, tensors_without_data, unseen_by_functions
+from lora_lite_fx.compat.torch import OpOverload, tensors_without_data, unseen_by_function_modes
 from tests.support.stacks import Stack
 
 
@@ -104,7 +104,7 @@ def records(model: nn.Module, call: Any, monkeypatch: pytest.MonkeyPatch) -> tup
     known = runs()
 
     def ask(self: KnownOperators, mode: Any, operator: Any, args: Any, kwargs: Any, looks: Any) -> Any:
-        with unseen_by_functions() if isinstance(operator, OpOverload) else nullcontext():
+        with unseen_by_function_modes() if isinstance(operator, OpOverload) else nullcontext():
             return operator(*args, **kwargs)
 
     monkeypatch.setattr(KnownOperators, "call", ask)

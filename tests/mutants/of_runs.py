@@ -57,8 +57,8 @@ MUTANTS = (
     ),
     Mutant(
         _KNOWN,
-        "        with unseen_by_functions():  #",
-        "        if True:  #",
+        "        with unseen_by_function_modes():",
+        "        if True:",
         "the first layer records what torch calls inside an operator and the others do not, so that none is stamped",
         _SAME,
     ),

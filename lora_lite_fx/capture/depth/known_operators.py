@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat.torch import FakeTensor, FakeTensorMode, OpOverload, schema_of, tensors_without_data, unseen_by_functions
+from ...compat.torch import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    schema_of,
+    tensors_without_data,
+    unseen_by_function_modes,
+)
 
 
 class KnownOperators:
@@ -33,7 +40,8 @@ class KnownOperators:
         if not isinstance(operator, OpOverload):
             return operator(*args, **kwargs)
         key = operator, looks, torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        with unseen_by_functions():  # a mode inside `torch.vmap` would see what torch calls, and only where it is asked
+        # A mode inside `torch.vmap` would see what torch calls, and only where it is asked.
+        with unseen_by_function_modes():
             if (make := self._known.get(key)) is not None:
                 return make(mode)
             result = operator(*args, **kwargs)

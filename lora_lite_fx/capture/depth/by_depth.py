@@ -77,7 +77,7 @@ class ByDepth:
         if not self._shown:
             return None
         try:
-            stand_in = self._without_data()
+            stand_in = self._new_stand_in()
             if not self._drops and all(stand_in.run(self._call, sizes) == run for sizes, run in self._shown):
                 return gm
             return self._with_other_dropouts(gm, stand_in)
@@ -101,15 +101,15 @@ class ByDepth:
         if not has_branches(gm):
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
-                self._shown = [(sizes, self._without_data().run(self._call, sizes))]
+                self._shown = [(sizes, self._new_stand_in().run(self._call, sizes))]
         return gm
 
-    def _without_data(self) -> StandIn:
-        """Return a new stand-in, which knows the operators of the ones before, and counts its symbols from zero."""
+    def _new_stand_in(self) -> StandIn:
+        """Return a stand-in, which knows the operators of the ones before, and counts its symbols from zero."""
         return StandIn(self._model, self._stacks, self._known)
 
     def _in_part(self) -> tuple[fx.GraphModule, Mapping[str, Repetition]]:
-        stand_in = self._without_data()
+        stand_in = self._new_stand_in()
         # Sizes of the example could be equal to a number of the model, so check others that the graph takes.
         sizes = guessed_sizes(self._leaves)
         try:

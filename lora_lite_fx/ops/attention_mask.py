@@ -33,9 +33,9 @@ def needed_mask(mask: Tensor) -> tuple[Tensor | None, bool]:
         is_causal = answer == 1 and queries == keys
         return (None if answer > 1 or is_causal else mask), is_causal
     # The last query sees everything in either case. It is asked first because padding on the right ends here.
-    if not mask[..., -1, :].all():
+    if queries > 1 and not mask[..., -1, :].all():
         return mask, False
-    if mask[..., 0, :].all():
+    if queries == 1 or mask[..., 0, :].all():
         return (None if mask.all() else mask), False
     if queries == keys and torch.equal(mask, mask.new_ones(queries, keys).tril().expand_as(mask)):
         return None, True

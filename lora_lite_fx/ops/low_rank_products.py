@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..compat.torch import constant_when_compiled
-from ..graph.direct_calls import is_ordinary
+from ..graph.direct_calls import ORDINARY, is_ordinary
 from .low_rank_branch import Branch, add_product, adds_in_one_call, as_matrix, as_rows, flatten, unflatten
 from .low_rank_gradients import apply_with_gradients
 from .saved_values import Recomputing
@@ -172,11 +172,12 @@ class LowRankProducts(Recomputing):
         if self.ranks and base is not adapter and torch.promote_types(base, adapter) is not adapter:
             return False
         dtypes = itertools.chain((base, adapter), itertools.cycle(Branch(base, base, adapter, adapter)))
-        pairs = zip((x, a, *rest[self.sources :]), dtypes, strict=False)
-        tensors = [(tensor, dtype) for tensor, dtype in pairs if tensor is not None]
+        tensors = (x, a, *rest[self.sources :])
         try:
-            for tensor, dtype in tensors:
-                if self.ranks and (tensor.dtype is not dtype or not is_ordinary(tensor)):
+            for tensor, dtype in zip(tensors, dtypes, strict=False):
+                if tensor is None:
+                    continue
+                if self.ranks and (tensor.dtype is not dtype or not (type(tensor) in ORDINARY or is_ordinary(tensor))):
                     return False
                 tensor.data_ptr()
         except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own
@@ -187,7 +188,7 @@ class LowRankProducts(Recomputing):
         frozen = (tensor for branch in branches for tensor in (branch.weight, branch.bias) if tensor is not None)
         return not (
             any(tensor.requires_grad for tensor in frozen)
-            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor, _ in tensors)
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None)
         )
 
 

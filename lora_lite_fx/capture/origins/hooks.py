@@ -24,13 +24,12 @@ def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
     return [hook for kind in kinds for hook in hooks_of(module, kind).values() if not _belongs_to_model(hook)]
 
 
+_WITH_KEYWORDS = tuple(zip(FORWARD_HOOKS, HOOKS_WITH_KEYWORDS, strict=True))
+
+
 def hooks_with_keywords_on(module: nn.Module) -> list[Any]:
     """Return the hooks that the user put on `module` and that get the keyword arguments of its calls."""
-    found = [
-        hooks_of(module, kind)[key]
-        for kind, with_keywords in zip(FORWARD_HOOKS, HOOKS_WITH_KEYWORDS, strict=True)
-        for key in hooks_of(module, with_keywords)
-    ]
+    found = [hooks_of(module, kind)[key] for kind, those in _WITH_KEYWORDS for key in hooks_of(module, those)]
     return [hook for hook in found if not (_belongs_to_model(hook) or _is_of(hook, "torch."))]  # fully_shard has one
 
 

@@ -133,6 +133,11 @@ def largest(value: Any) -> float:
     """Return the largest absolute value of a tensor, without infinities and what masks put in their place; else 0."""
     if not isinstance(value, Tensor) or not value.numel():
         return 0.0
+    if value.dtype in TOLERANCES:  # the usual case, in a tenth of the time
+        low, high = value.detach().aminmax()
+        size = max(-low.item(), high.item())
+        if size < torch.finfo(value.dtype).max / 1e3:  # and no NaN
+            return size
     sizes = _wide(value).abs()
     if value.is_floating_point():
         sizes = sizes.where(sizes < torch.finfo(value.dtype).max / 1e3, 0)

@@ -21,7 +21,7 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import call_like_the_model, return_as, take_further_inputs_from
-from ..compat.torch import constant_when_compiled, disable_current_modes
+from ..compat.torch import CODE, constant_when_compiled, disable_current_modes
 from ..compat.torch_modules import SeesMoves
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
@@ -92,18 +92,30 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
                 module_at(self, name).training = not mode
         return self
 
-    def recompile(self) -> Any:
-        code = super().recompile()
+    def recompile(self) -> None:
+        """Derive programs anew at the next calls, and compile the flat graph anew when its code is read."""
         if self.execution is not None:
             self._run_programs()
-        return code
 
     def _run_programs(self) -> None:
-        """Let `forward` run programs that are derived anew, in place of the graph that torch.fx has just compiled."""
+        """Let `forward` run programs that are derived anew, and drop the code of the flat graph, which no call runs."""
         self.drop_derived()
         take_further_inputs_from(self, self.flat_graph)
-        cls: Any = type(self)  # torch.fx makes a class for each module, and sets `forward` on it
-        cls.forward = forward_of_programs(cls.forward, self)
+        for name in CODE:
+            vars(self).pop(name, None)
+        assert self.execution is not None
+        plain = self._compile_flat_graph() if self.execution.signature is None else None
+        type(self).forward = forward_of_programs(self, plain)  # torch.fx makes a class for each module
+
+    def _compile_flat_graph(self) -> Callable[..., Any]:
+        """Compile the flat graph, as torch.fx does at each change, and return its function. Calls still run programs."""
+        cls: Any = type(self)
+        forward = cls.forward
+        super().recompile()
+        plain: Callable[..., Any] = cls.forward
+        cls.forward = forward
+        del cls.__call__  # of torch.fx, which says which line of this code has failed
+        return plain
 
     @property
     def graph(self) -> fx.Graph:
@@ -251,6 +263,9 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
+            if name in CODE and self.execution is not None:
+                self._compile_flat_graph()
+                return vars(self)[name]
             if name == "save_pretrained" and (save := self._saver()) is not None:
                 return save
             if name in ELSEWHERE:

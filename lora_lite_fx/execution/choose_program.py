@@ -31,12 +31,13 @@ Switched = tuple[tuple[str, ...] | None, tuple[tuple[str, str | float], ...]]
 """What a program depends on of the switches: `acting` and `scales` of its `ProgramKey`."""
 
 
-def forward_of_programs(plain: Callable[..., Any], gm: RunsPrograms) -> Callable[..., Any]:
+def forward_of_programs(gm: RunsPrograms, plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return the `forward` of a graph module: it runs the program for each call, and is called like the model.
 
     Args:
-        plain: the function that torch.fx made of the graph, whose signature shows.
         gm: the graph module, which the function does not keep.
+        plain: the function that torch.fx made of the graph, whose signature shows; None if the execution of `gm` has
+            the signature of the model.
     """
     assert gm.execution is not None
     signature = gm.execution.signature
@@ -69,7 +70,8 @@ def forward_of_programs(plain: Callable[..., Any], gm: RunsPrograms) -> Callable
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()
-    forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
+    if plain is not None:
+        forward = functools.update_wrapper(forward, plain)
     if signature is not None:
         of_method = method_signature(signature, (IDS,) if gm.derived.banks else ())
         forward.__signature__ = of_method  # type: ignore[attr-defined]

@@ -75,7 +75,9 @@ def call_signature(
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
     if optional and has_data(model, call):
-        omissions, refusals = _tried(_Comparison(origin, model, inputs, graph, made), optional, few_layers)
+        with shortened(model, few_layers):
+            comparison = _Comparison(origin, model, inputs, graph, made)
+        omissions, refusals = _tried(comparison, model, optional, bool(few_layers))
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,
@@ -91,20 +93,17 @@ def call_signature(
 
 
 def _tried(
-    comparison: _Comparison, optional: Sequence[str], few_layers: Mapping[str, int]
+    comparison: _Comparison, model: nn.Module, optional: Sequence[str], of_few_layers: bool
 ) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
     """Return what `_Comparison.of` does, found out with few layers if these show what all do.
 
     The model with all of its layers is asked then for one call, which leaves out the most; and for all calls if it
     answers otherwise.
     """
-    if not few_layers:
-        return comparison.of(optional)
-    with shortened(comparison.model, few_layers):
-        omissions, refusals = comparison.of(optional)
-    comparison.answers.clear()
-    if not omissions:
+    omissions, refusals = comparison.of(optional)
+    if not omissions or not of_few_layers:
         return omissions, refusals
+    comparison.compare_with(model)
     names, omission = max(omissions.items(), key=lambda each: len(each[0]))
     fills = {name: omission.fills[comparison.places[name]].value for name in names}
     with contextlib.suppress(_Differs):
@@ -119,14 +118,13 @@ class _Comparison:
     def __init__(
         self, origin: PlainModule, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph, made: bool
     ) -> None:
-        self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
+        self.compare_with(model)
         padded = _with_padding(model, dict(inputs))
         self.inputs = [padded]
         leaves = (len(pytree.tree_leaves(value)) for value in inputs.values())
         self.places = dict(zip(inputs, itertools.accumulate(leaves, initial=0), strict=False))
         self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         self.results = len(pytree.tree_leaves(graph.output_node().args[0]))
-        self.answers: dict[tuple[Any, ...], _Answer] = {}
         for of_tokens in () if made else (True, False):
             if (others := varied(padded, of_tokens)) is None:
                 break
@@ -139,6 +137,11 @@ class _Comparison:
         self.with_one_mask = len(self.inputs)
         if (other := origin.with_other_mask(padded)) is not None:
             self.inputs.append(other)
+
+    def compare_with(self, model: nn.Module) -> None:
+        """Ask a copy of `model` from now on."""
+        self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
+        self.answers: dict[tuple[Any, ...], _Answer] = {}
 
     def of(self, optional: Sequence[str]) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
         """Return the sets of `optional` that may be left out; and for each that may not be left out alone, why."""

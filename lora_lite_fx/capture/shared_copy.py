@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..compat.torch_modules import buffers_of, parameters_of
 from ..errors import CaptureError
-from ..graph.copies import share_signatures
+from ..graph.copies import prepare_copy
 from ..graph.tensors import tensor_of
 from ..storage.dequantized import put_decompression_aside, share_dequantized
 
@@ -37,7 +37,7 @@ def shared_copy(model: nn.Module, own: Sequence[str] = ()) -> Any:
     """
     owned = {id(tensor_of(model, name)) for name in own}
     memo: dict[int, Any] = {}
-    share_signatures(model, memo)
+    prepare_copy(model, memo)
     share_dequantized(model, memo)
     for module in model.modules():
         for tensor in (*parameters_of(module).values(), *buffers_of(module).values(), *module.__dict__.values()):
@@ -67,9 +67,10 @@ def _rebind_functions(copied: nn.Module, memo: Mapping[int, Any]) -> None:
     for module in copied.modules():
         attributes = vars(module)
         for name, value in [*attributes.items()]:
-            if not rebinding.reaches(value):
+            is_registry = isinstance(value, dict)
+            if (is_registry and not value) or not rebinding.reaches(value):  # most registries of hooks are empty
                 continue
-            if isinstance(value, dict):  # of hooks: what else holds the registry has to see the change
+            if is_registry:  # of hooks: what else holds the registry has to see the change
                 value.update({key: rebinding.of(each) for key, each in value.items()})
             else:
                 attributes[name] = rebinding.of(value)

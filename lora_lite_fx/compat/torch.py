@@ -284,8 +284,8 @@ else:
     PyTreeCodeGen = needed("torch.fx.graph._PyTreeCodeGen", "fx.CodeGen, whose subclass for nested inputs has no name")
 SPECS = ("_in_spec", "_out_spec")
 """The attributes under which torch keeps the signature of an exported graph once more, where it does."""
-CODE = (*SPECS, "_code", "_lineno_map", "_prologue_start")
-"""The attributes that `fx.GraphModule.recompile` sets. Nothing public lists them; without them none would be dropped."""
+CODE = ("_code", "_lineno_map", "_prologue_start")
+"""What else `fx.GraphModule.recompile` sets. Nothing public lists that; what is not listed would stay as it was."""
 
 
 def codegen_of(graph: fx.Graph) -> Any:

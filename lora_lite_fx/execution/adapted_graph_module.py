@@ -21,10 +21,10 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import call_like_the_model, return_as, take_further_inputs_from
-from ..compat.torch import CODE, constant_when_compiled, disable_current_modes
+from ..compat.torch import CODE, SPECS, constant_when_compiled, disable_current_modes
 from ..compat.torch_modules import SeesMoves
 from ..errors import AdapterError
-from ..graph.copies import share_signatures
+from ..graph.copies import head_of, prepare_copy
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes
 from ..graph.queries import model_name
 from ..graph.sharded import is_sharded
@@ -65,7 +65,7 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         self._run_programs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
-        share_signatures(self, memo)
+        prepare_copy(self, memo)
         memo[id(self.derived)] = None
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
@@ -103,19 +103,18 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         take_further_inputs_from(self, self.flat_graph)
         for name in CODE:
             vars(self).pop(name, None)
-        assert self.execution is not None
-        plain = self._compile_flat_graph() if self.execution.signature is None else None
-        type(self).forward = forward_of_programs(self, plain)  # torch.fx makes a class for each module
+        head = fx.GraphModule(nn.Module(), head_of(self.flat_graph))
+        vars(self).update({name: spec for name, spec in vars(head).items() if name in SPECS})
+        cls: Any = type(self)  # torch.fx makes a class for each module
+        cls.forward = forward_of_programs(type(head).forward, self)
 
-    def _compile_flat_graph(self) -> Callable[..., Any]:
-        """Compile the flat graph, as torch.fx does at each change, and return its function. Calls still run programs."""
+    def _compile_flat_graph(self) -> None:
+        """Compile the flat graph, as torch.fx does at each change. Calls run programs all the same."""
         cls: Any = type(self)
         forward = cls.forward
         super().recompile()
-        plain: Callable[..., Any] = cls.forward
         cls.forward = forward
         del cls.__call__  # of torch.fx, which says which line of this code has failed
-        return plain
 
     @property
     def graph(self) -> fx.Graph:

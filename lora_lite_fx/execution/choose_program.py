@@ -31,13 +31,12 @@ Switched = tuple[tuple[str, ...] | None, tuple[tuple[str, str | float], ...]]
 """What a program depends on of the switches: `acting` and `scales` of its `ProgramKey`."""
 
 
-def forward_of_programs(gm: RunsPrograms, plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def forward_of_programs(plain: Callable[..., Any], gm: RunsPrograms) -> Callable[..., Any]:
     """Return the `forward` of a graph module: it runs the program for each call, and is called like the model.
 
     Args:
+        plain: a function that torch.fx made, with the arguments of the graph. Its signature shows, also to tracers.
         gm: the graph module, which the function does not keep.
-        plain: the function that torch.fx made of the graph, whose signature shows; None if the execution of `gm` has
-            the signature of the model.
     """
     assert gm.execution is not None
     signature = gm.execution.signature
@@ -70,8 +69,7 @@ def forward_of_programs(gm: RunsPrograms, plain: Callable[..., Any] | None = Non
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()
-    if plain is not None:
-        forward = functools.update_wrapper(forward, plain)
+    forward = functools.update_wrapper(forward, plain)
     if signature is not None:
         of_method = method_signature(signature, (IDS,) if gm.derived.banks else ())
         forward.__signature__ = of_method  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..capture.graph_calls import further_inputs
 from ..capture.signature import CallSignature
 from ..errors import CallError
-from ..graph.copies import share_signatures
+from ..graph.copies import prepare_copy
 from ..graph.modes import modes_of, set_modes
 from ..graph.queries import reads_tensor
 from ..graph.tensors import has_attribute, register_tensor, tensor_of
@@ -56,7 +56,7 @@ class ProgramGraph(fx.GraphModule):
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        share_signatures(self, memo)
+        prepare_copy(self, memo)
         return super().__deepcopy__(memo)
 
     def recompile(self) -> Any:

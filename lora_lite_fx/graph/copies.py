@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import fx, nn
@@ -32,9 +33,25 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def share_signatures(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Prepare `memo` such that `copy.deepcopy(model, memo)` shares the signatures of all graphs in `model`."""
+def head_of(graph: fx.Graph) -> fx.Graph:
+    """Return a graph that has the inputs of `graph` and computes nothing: its function takes the same arguments."""
+    head = empty_like(graph)
+    for node in graph.find_nodes(op="placeholder"):
+        head.node_copy(node)
+    head.output(())
+    head.set_codegen(copy.copy(codegen_of(graph)))
+    return head
+
+
+def prepare_copy(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Prepare `memo` for `copy.deepcopy(model, memo)`: it shares the signatures of all graphs in `model`.
+
+    Most of what a module has are empty registries, as of hooks. Half of the time of a copy would go into these.
+    """
     for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict, set) and not value:
+                memo[id(value)] = type(value)()
         if isinstance(module, fx.GraphModule) and id(module.graph) not in memo:
             memo[id(module.graph)] = copy_graph(module.graph)
             for name in SPECS:

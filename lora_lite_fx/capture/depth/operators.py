@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
 from ...graph.calls_and_traces import tracing
-from ...graph.copies import share_signatures
+from ...graph.copies import prepare_copy
 from ..autograd_functions import telling_functions
 from ..quirks.all_quirks import without_data
 from ..quirks.quirk import Call
@@ -64,7 +64,7 @@ class StandIn:
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self._known = known
         memo: dict[int, Any] = {}
-        share_signatures(model, memo)
+        prepare_copy(model, memo)
         for module in model.modules():
             for tensor in module.__dict__.values():
                 if isinstance(tensor, Tensor):

@@ -5,6 +5,7 @@ A graph has no such state: what it reads is a constant, and what the model chang
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -69,7 +70,12 @@ class _Holder:
 
 
 def _own_classes(instance: object) -> tuple[type, ...]:
-    return tuple(kind for kind in type(instance).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
+    return _own_among(type(instance).__mro__)
+
+
+@functools.lru_cache(maxsize=256)  # the modules of a model are of few classes
+def _own_among(classes: tuple[type, ...]) -> tuple[type, ...]:
+    return tuple(kind for kind in classes if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
 
 
 def _held_objects(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -158,6 +164,8 @@ class PythonState:
             values = holder.read()
             for name in {**were, **values}:
                 was, now = were.get(name, _ABSENT), values.get(name, _ABSENT)
+                if was is now:
+                    continue
                 if (now is _ABSENT or holder.has(name, now)) and not _is_same(was, now):
                     yield holder, name, was, now
 

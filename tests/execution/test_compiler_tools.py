@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.torch import CODE
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, GatedMLP, ids, net
 from tests.support.selection import broad_after, slow_after
@@ -210,6 +212,23 @@ def put_after(gm: fx.GraphModule, in_module: bool) -> int:
         count += 1
     gm.recompile()
     return count
+
+
+def test_the_code_of_a_graph_is_compiled_when_it_is_read() -> None:
+    """No call runs the flat code. It is that of the graph of now, and reading it changes no call."""
+    gm = adapted()
+    expected, signature = output(gm, OTHER).detach(), inspect.signature(gm.forward)
+    assert not {*CODE} & vars(gm).keys()
+    before = gm.code
+    assert "up.lora_A" in before
+    put_after(gm, in_module=False)
+    assert not {*CODE} & vars(gm).keys()
+    assert gm.code.count("aten.mul.Tensor") == before.count("aten.mul.Tensor") + 4
+    changed = output(gm, OTHER).detach()
+    close(changed, fx.Interpreter(gm).run(*OTHER).detach(), 1e-12, "after its code was read")
+    assert (changed - expected).abs().max() > 1e-3
+    assert inspect.signature(gm.forward) == signature
+    assert [*signature.parameters] == ["x"]
 
 
 @pytest.mark.broad

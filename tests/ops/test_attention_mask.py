@@ -54,6 +54,8 @@ def test_a_mask_that_says_nothing_is_left_out(mask: Tensor, needed: tuple[Tensor
         pytest.param(torch.ones(3, 5, dtype=torch.bool).tril(2), id="a causal mask behind a cache"),
         pytest.param(torch.ones(5, 3, dtype=torch.bool).tril(), id="more queries than keys"),
         pytest.param(~SEEN, id="nothing seen"),
+        pytest.param(but(SEEN[:1], 0, 1), id="one query, and a hidden key"),
+        pytest.param(torch.stack((SEEN[:1], but(SEEN[:1], 0, 0))), id="one query, and padding in one row"),
         pytest.param(SEEN[:0], id="no queries"),
         pytest.param(SEEN.to("meta"), id="no values"),
     ],

@@ -36,7 +36,8 @@ def comparable(
         in_any_order: whether random numbers do not depend on the order in which they are drawn.
         seed: of the random numbers; None for those that the generators would draw now.
     """
-    devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    tensors = (*model.parameters(), *model.buffers()) if torch.cuda.is_initialized() else ()
+    devices = list({tensor.device for tensor in tensors if tensor.is_cuda})
     # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -138,7 +139,7 @@ def _is_uniform(leaf: Any) -> bool:
 
 def _hides(tensor: Tensor) -> bool:
     value = tensor.detach()
-    if not value.numel() or value[(0,) * value.dim()].abs() >= _SMALL:  # the usual case, without a look at the others
+    if not value.numel() or abs(value[(0,) * value.dim()].item()) >= _SMALL:  # the usual case, seen at one number
         return False
     return bool((value.abs() < _SMALL).all())
 

@@ -84,6 +84,9 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
             " copy.deepcopy copies it."
         )
 
+    def __reduce_package__(self, exporter: object) -> Any:
+        return self.__reduce__()
+
     def train(self, mode: bool = True) -> Self:
         """Put all parts in a mode, but for those that the `train` of the model leaves in the other one."""
         super().train(mode)
@@ -92,7 +95,7 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
                 module_at(self, name).training = not mode
         return self
 
-    def recompile(self) -> None:
+    def recompile(self) -> Any:
         """Derive programs anew at the next calls, and compile the flat graph anew when its code is read."""
         if self.execution is not None:
             self._run_programs()
@@ -114,7 +117,8 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         forward = cls.forward
         super().recompile()
         cls.forward = forward
-        del cls.__call__  # of torch.fx, which says which line of this code has failed
+        if "__call__" in vars(cls):  # that of torch.fx, which tells which line of this code has failed
+            del cls.__call__
 
     @property
     def graph(self) -> fx.Graph:

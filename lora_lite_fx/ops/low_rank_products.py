@@ -173,6 +173,7 @@ class LowRankProducts(Recomputing):
             return False
         dtypes = itertools.chain((base, adapter), itertools.cycle(Branch(base, base, adapter, adapter)))
         tensors = (x, a, *rest[self.sources :])
+        # A token of `generate` asks this of each tensor, so the usual types are told without a call.
         try:
             for tensor, dtype in zip(tensors, dtypes, strict=False):
                 if tensor is None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.package.package_exporter import PackageExporter
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
@@ -36,6 +37,13 @@ def test_a_graph_is_not_pickled_without_its_adapters(write: Callable[[Any], Any]
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_a_graph_is_copied_with_its_adapters(duplicate: Callable[[Any], Any], graph: nn.Module) -> None:
     assert llfx.adapter_state_dict(duplicate(graph)).keys() == llfx.adapter_state_dict(graph).keys()
+
+
+def test_a_graph_is_not_packaged_without_its_adapters(graph: nn.Module) -> None:
+    with PackageExporter(io.BytesIO()) as exporter:
+        exporter.intern("**")
+        with pytest.raises(llfx.AdapterError, match="cannot be pickled"):
+            exporter.save_pickle("model", "model.pkl", graph)
 
 
 def adapted_model() -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,17 @@ from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 CFG = llfx.LoRA(r=2, target_names=".")
+_COMPILED_AFTER_A_TRACE = """
+import torch
+import lora_lite_fx as llfx
+
+llfx.rewrite(torch.nn.Sequential(torch.nn.Linear(4, 4)), llfx.LoRA(r=2, target_names="0"))
+
+def asking(x):
+    return 2 * x if isinstance(x, torch.Tensor) and hasattr(x, "shape") and getattr(x, "ndim") else x
+
+print(torch.compile(asking, backend="eager", fullgraph=True)(torch.ones(1)).item())
+"""
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 Between = Callable[[Any, Any], Any]
 
@@ -90,3 +103,10 @@ def caught(m: Any, x: Any) -> Any:
 def test_what_cannot_be_traced_is_refused_though_the_model_catches_the_error() -> None:
     with pytest.raises(llfx.CaptureError, match="control flow"):
         llfx.rewrite(Net(caught), CFG)
+
+
+def test_the_compiler_knows_the_functions_of_python_after_a_trace() -> None:
+    """Dynamo lists them when it is imported, which a trace does in a new process."""
+    command = [sys.executable, "-c", _COMPILED_AFTER_A_TRACE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "2.0\n", done.stderr[-2000:]

@@ -271,4 +271,18 @@ MUTANTS = (
         "a layer that runs again reads what was overwritten since",
         "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
     ),
+    Mutant(
+        "lora_lite_fx/capture/symbolic_tracing/tracer.py",
+        "        from ...compat import dynamo  # noqa: F401\n",
+        "",
+        "after a trace without example inputs torch.compile follows no code that asks for types",
+        "tests/capture/test_asked_types.py::test_the_compiler_knows_the_functions_of_python_after_a_trace",
+    ),
+    Mutant(
+        "lora_lite_fx/execution/adapted_graph_module.py",
+        "        for name in CODE:\n            vars(self).pop(name, None)\n",
+        "",
+        "the code of a graph is that of before a pass has changed it",
+        "tests/execution/test_compiler_tools.py::test_the_code_of_a_graph_is_compiled_when_it_is_read",
+    ),
 )

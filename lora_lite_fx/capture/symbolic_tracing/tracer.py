@@ -66,6 +66,10 @@ class _Tracer(fx.Tracer):
             return super().iter(obj)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        # Dynamo lists the functions of Python when it is imported, as torch does it for the first line of a trace. It
+        # would list those of `AskedTypes` in their place, and torch.compile would follow no code that asks for types.
+        from ...compat import dynamo  # noqa: F401
+
         with AskedTypes():
             graph = super().trace(root, concrete_args)
         if self._refused is not None:

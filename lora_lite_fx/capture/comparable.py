@@ -36,8 +36,7 @@ def comparable(
         in_any_order: whether random numbers do not depend on the order in which they are drawn.
         seed: of the random numbers; None for those that the generators would draw now.
     """
-    tensors = (*model.parameters(), *model.buffers()) if torch.cuda.is_initialized() else ()
-    devices = list({tensor.device for tensor in tensors if tensor.is_cuda})
+    devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
     # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -21,10 +21,10 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import call_like_the_model, return_as, take_further_inputs_from
-from ..compat.torch import CODE, SPECS, constant_when_compiled, disable_current_modes
+from ..compat.torch import CODE, constant_when_compiled, disable_current_modes
 from ..compat.torch_modules import SeesMoves
 from ..errors import AdapterError
-from ..graph.copies import head_of, prepare_copy
+from ..graph.copies import head_of, prepare_copy, specs_of
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes
 from ..graph.queries import model_name
 from ..graph.sharded import is_sharded
@@ -107,7 +107,7 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         for name in CODE:
             vars(self).pop(name, None)
         head = fx.GraphModule(nn.Module(), head_of(self.flat_graph))
-        vars(self).update({name: spec for name, spec in vars(head).items() if name in SPECS})
+        vars(self).update(specs_of(head))
         cls: Any = type(self)  # torch.fx makes a class for each module
         cls.forward = forward_of_programs(type(head).forward, self)
 

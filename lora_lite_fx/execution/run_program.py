@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..compat.torch import SPECS
 from ..errors import AdapterError
+from ..graph.copies import specs_of
 from ..graph.direct_calls import call_directly
 from ..graph.tensors import attribute_of, has_attribute, tensor_of
 from ..passes import Program as Kind
@@ -89,7 +89,7 @@ class Program:
         vars(methods).update(run_piece=None, read_values=None)  # torch.fx asks whether there are any
         made = fx.GraphModule(methods, graph)
         self.code, self.owner = type(made).forward, self
-        vars(self).update({name: spec for name, spec in vars(made).items() if name in SPECS})
+        vars(self).update(specs_of(made))
 
     def read_values(self) -> Any:
         """Return what the rest of the program needs of the host; a single value bare."""

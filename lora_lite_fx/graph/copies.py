@@ -43,6 +43,11 @@ def head_of(graph: fx.Graph) -> fx.Graph:
     return head
 
 
+def specs_of(gm: fx.GraphModule) -> dict[str, Any]:
+    """Return how inputs and results of `gm` are nested, by the names under which its code reads that."""
+    return {name: spec for name in SPECS if (spec := vars(gm).get(name)) is not None}
+
+
 def prepare_copy(model: nn.Module, memo: dict[int, Any]) -> None:
     """Prepare `memo` for `copy.deepcopy(model, memo)`: it shares the signatures of all graphs in `model`.
 
@@ -54,6 +59,4 @@ def prepare_copy(model: nn.Module, memo: dict[int, Any]) -> None:
                 memo[id(value)] = type(value)()
         if isinstance(module, fx.GraphModule) and id(module.graph) not in memo:
             memo[id(module.graph)] = copy_graph(module.graph)
-            for name in SPECS:
-                if (spec := vars(module).get(name)) is not None:
-                    memo[id(spec)] = spec
+            memo.update({id(spec): spec for spec in specs_of(module).values()})

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..compat.torch import constant_when_compiled
-from ..graph.direct_calls import ORDINARY, is_ordinary
+from ..graph.direct_calls import is_ordinary
 from .low_rank_branch import Branch, add_product, adds_in_one_call, as_matrix, as_rows, flatten, unflatten
 from .low_rank_gradients import apply_with_gradients
 from .saved_values import Recomputing
@@ -173,12 +173,11 @@ class LowRankProducts(Recomputing):
             return False
         dtypes = itertools.chain((base, adapter), itertools.cycle(Branch(base, base, adapter, adapter)))
         tensors = (x, a, *rest[self.sources :])
-        # A token of `generate` asks this of each tensor, so the usual types are told without a call.
         try:
             for tensor, dtype in zip(tensors, dtypes, strict=False):
                 if tensor is None:
                     continue
-                if self.ranks and (tensor.dtype is not dtype or not (type(tensor) in ORDINARY or is_ordinary(tensor))):
+                if self.ranks and (tensor.dtype is not dtype or not is_ordinary(tensor)):
                     return False
                 tensor.data_ptr()
         except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own

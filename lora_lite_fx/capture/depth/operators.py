@@ -226,14 +226,10 @@ class _Operators(TorchDispatchMode):
     def __init__(self, record: _Record, call: Callable[..., Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._record, self._call = record, call
-        self._names: dict[int, tuple[str, Any]] = {}  # by the ids of operators, which are slow to hash, and to name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # which autograd asks for; a graph has no such step
             return args[0].device
         kwargs = kwargs or {}
         call = functools.partial(self._call, func, args, kwargs)
-        if id(func) not in self._names:
-            self._names[id(func)] = str(func), func
-        name, _ = self._names[id(func)]
-        return self._record.add(name, (args, kwargs, torch.is_grad_enabled()), call)
+        return self._record.add(str(func), (args, kwargs, torch.is_grad_enabled()), call)

@@ -164,9 +164,7 @@ class PythonState:
             values = holder.read()
             for name in {**were, **values}:
                 was, now = were.get(name, _ABSENT), values.get(name, _ABSENT)
-                if was is now:
-                    continue
-                if (now is _ABSENT or holder.has(name, now)) and not _is_same(was, now):
+                if not _is_same(was, now) and (now is _ABSENT or holder.has(name, now)):
                     yield holder, name, was, now
 
 

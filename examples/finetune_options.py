@@ -191,7 +191,7 @@ def positive_number(text: str) -> float:
     return number
 
 
-def location(model: str | None) -> dict[str, str]:
+def location(model: str | None) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that name the model and its file."""
     if model is not None:
         return {"pretrained_model_name_or_path": model}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -127,13 +128,17 @@ def _crops_and_their_pools(model: Any, batch: int) -> Inputs:
     vision = model.config.vision_config
     patches = vision.num_position_embeddings
     side = int(patches**0.5)
-    pools = torch.arange(batch * patches).view(batch, side // 2, 2, side // 2, 2).transpose(2, 3).reshape(-1, 4)
-    ids, shows = _with_image_tokens(batch, model.config.image_patch_id, len(pools) // batch)
-    return {
+    pools = torch.arange(patches).view(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, 4)
+    ids, shows = _with_image_tokens(batch, model.config.image_patch_id, len(pools))
+    # Since transformers 5.25 patches are counted within each image, and before it over all images.
+    counts_within = "image_num_crops" in signature(model.forward).parameters
+    firsts = torch.zeros(batch, dtype=torch.long) if counts_within else patches * torch.arange(batch)
+    crops = {"image_num_crops": torch.ones(batch, dtype=torch.long)} if counts_within else {}
+    return crops | {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": _drawn(batch, patches, 3 * vision.patch_size**2),
-        "image_token_pooling": pools,
+        "image_token_pooling": (firsts[:, None, None] + pools).flatten(0, 1),
         "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]] * batch),
         "mm_token_type_ids": shows.long(),
         "labels": ids,

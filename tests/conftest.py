@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import os
+import signal
 from collections import Counter
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -26,6 +29,24 @@ COMMANDS = {
 PROJECT = Path(__file__).parent / "project"
 
 _left_out: Counter[str] = Counter()
+_running: set[str] = set()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a run that SIGTERM cuts off say where it stood: workers print stacks, the first process names tests."""
+    if hasattr(config, "workerinput"):
+        # A copy of the descriptor, because pytest turns the standard one away while a test runs.
+        faulthandler.register(signal.SIGTERM, file=os.dup(2), chain=True)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: pytest.exit(f"cut off while running {', '.join(_running)}", 143))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _running.add(nodeid)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    _running.discard(nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,7 +23,7 @@ class Tried(NamedTuple):
 
 TRIED = {
     "torch": Tried("2.12", "2.15"),
-    "transformers": Tried("5.12", "5.24"),
+    "transformers": Tried("5.12", "5.25"),
     "bitsandbytes": Tried("0.50", "0.50"),
     "optimum": Tried("0.2.7", "0.2.7", "optimum-quanto"),
 }

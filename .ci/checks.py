@@ -69,7 +69,7 @@ CORE = (
 
 OLDEST = Step(
     "oldest releases",
-    120,
+    180,
     (VERSIONS, f"{TESTS} -m smoke"),
     "oldest",
     f"{VENV}/oldest; pip install -e '.[test,examples]' {BOUNDS} 'torch==2.12.*' 'transformers==5.12.*' 'peft==0.20.*'",
@@ -106,7 +106,7 @@ LANDING = (
 BESIDE_LANDING = (
     Step(
         "README's main job, a few steps",
-        240,
+        300,
         (
             f"{VENV}/main-job",
             f'{MAIN_JOB} --steps 3 --out "$WORK/out"',

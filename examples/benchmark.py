@@ -4,6 +4,8 @@
     python examples/benchmark.py                              # SmolLM2's shape at 6 layers; LoRA, DoRA, HRA
     python examples/benchmark.py --cases "qkv-*" --variants LoRA OFT --measures forward --arms peft ours merged
     python examples/benchmark.py --cases smollm2-6 --measures memory compile recompiles
+    python examples/benchmark.py --cases smollm2-4 --dtype bfloat16 --variants LoRA --measures train-2x512 \
+        --arms peft peft-uncast ours ours-fused               # adapters in float32 on a base in bfloat16
     python examples/benchmark.py --device cuda                # on one card, in ten minutes: writes benchmark.md, too
     python examples/benchmark.py --device cuda --arms ours-compiled ours-compiled:reduce-overhead
     python examples/benchmark.py --from-json benchmark.json   # the table and the picture of an earlier run
@@ -17,16 +19,18 @@ times differ by more than 3 %, the run is void. A CPU is timed by the processor 
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`,
 `base-exported` (by `torch.export`; its `capture` is the time of that, after what torch imports for it), `peft`,
-`peft-compiled`, `peft-liger` (with Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks`
-(ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and
-`ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-exported` (by `llfx.bake` and
-`torch.export`; not in training either), `ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`),
-`ours-fused` (by `fuse_loss=True`), `ours-balanced` (by `memory="balanced"`), `merged`.
+`peft-uncast` (with `autocast_adapter_dtype=False`, so in the dtype of the base), `peft-compiled`, `peft-liger` (with
+Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks` (ordinary modules around the linears,
+the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and `ours-frozen-compiled` (inside `llfx.frozen`, as
+`generate` runs; not in training), `ours-exported` (by `llfx.bake` and `torch.export`; not in training either),
+`ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`),
+`ours-balanced` (by `memory="balanced"`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
-`train-2048`, `train-8192`, `train-8x2048` (as many tokens; on a GPU with the peak of memory), `train-masked` (labels
-for half of the 256 tokens), `saved` (bytes kept for the backward pass of `train`, without parameters), `flops`,
-`recompiles` (graphs compiled for further shapes; `graphs` are those for the first).
+`train-2x512` (of the cases in bfloat16; with the bytes kept, and the error of the gradients of the adapters against
+those in float64, of their norm), `train-2048`, `train-8192`, `train-8x2048` (as many tokens; on a GPU with the peak of
+memory), `train-masked` (labels for half of the 256 tokens), `saved` (bytes kept for the backward pass of `train`,
+without parameters), `flops`, `recompiles` (graphs compiled for further shapes; `graphs` are those for the first).
 Four belong to a training step in a process of its own: `memory` (its peak, above the memory in use before), `capture`
 (seconds until the adapted model is there, and what torch imports for it), `first-call` (seconds of its first step:
 compilation, or deriving the program) and `compile` (both together). The last three are for the cases `layers-2` to
@@ -57,20 +61,21 @@ import transformers
 from benchmark_alone import ALONE, alone, measure_alone
 from benchmark_arms import ADAPTED, BASE, VARIANTS, Arm, Arms, capture, config
 from benchmark_cases import CASES
-from benchmark_measures import compilations, flops, peak, saved, time_rounds
+from benchmark_measures import compilations, flops, gradient_error, peak, saved, time_rounds
 from benchmark_report import Result
 from finetune_options import positive
 
 import lora_lite_fx as llfx
 
 LARGE = ("train-2048", "train-8192", "train-8x2048")
-TIMED = ("forward", "decode", "train", "train-masked", *LARGE)
+MIXED = "train-2x512"
+TIMED = ("forward", "decode", "train", "train-masked", MIXED, *LARGE)
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
     arm
     for arm in (*BASE, *ADAPTED)
-    if arm not in ("base-compiled", "base-exported", "peft-liger", "ours-adapt", "ours-fused")
+    if arm not in ("base-compiled", "base-exported", "peft-uncast", "peft-liger", "ours-adapt", "ours-fused")
 ]
 
 
@@ -195,7 +200,7 @@ def _also(call: str) -> list[str]:
 def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, arms: Arms) -> Iterator[Result]:
     """Yield the results of one step with one adapter."""
     torch.compiler.reset()  # because torch limits how often one function is compiled
-    saves = call == "train" and "saved" in args.measures
+    saves = "saved" in args.measures and call == "train"
     ready, notes = ready_arms(arms, args.arms, compiled=saves or call in args.measures, ends=args.ends[0])
     if call in args.measures:
         result = Result(case, call, variant, "s", notes=notes)
@@ -210,6 +215,12 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
     if saves:
         result = Result(case, "saved", variant, "B", notes=notes)
         yield report.of_values(result, {arm.name: saved(arm) for arm in ready})
+    if call == MIXED:
+        result = Result(case, f"saved by {MIXED}", variant, "B", notes=notes)
+        yield report.of_values(result, {arm.name: saved(arm) for arm in ready})
+        exact = arms.exact_gradients()
+        errors = {arm.name: gradient_error(arm, exact) for arm in ready if not arm.name.startswith("base")}
+        yield Result(case, f"gradients of {MIXED}", variant, "", errors, notes=notes)
     if call == "forward" and "recompiles" in args.measures:
         counts = {name: compilations(arms, name) for name in ("base", "peft", "ours") if name in args.arms}
         yield Result(case, "graphs", variant, "", {name: first for name, (first, *_) in counts.items()})

@@ -105,10 +105,17 @@ def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
+def _doubled(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 BASE = ("base", "base-again", "base-graph", "base-compiled", "base-exported")
 ADAPTED = (
     "peft",
+    "peft-uncast",
     "peft-compiled",
     "peft-liger",
     "hooks",
@@ -157,6 +164,8 @@ class Arms:
             return Arm(name, self.step, self.compile(arm, dynamic=False, mode=mode or None), arm.parameters, arm.named)
         if name == "peft":
             return self._peft()
+        if name == "peft-uncast":
+            return replace(self._peft(autocast_adapter_dtype=False), name=name)
         if name == "peft-liger":
             arm = self._peft()
             apply_liger(arm.run)
@@ -227,6 +236,15 @@ class Arms:
         tolerance = TOLERANCES[next(self.step.module.parameters()).dtype]
         return disagreement(arm.results(), self._expected[expected], tolerance, trained=arm.name != "merged")
 
+    def exact_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the adapter's parameters in float64, from the same weights, values and inputs."""
+        inputs = {name: _doubled(value) for name, value in self.step.inputs.items()}
+        module = copy.deepcopy(self.step.module).double()
+        step = replace(self.step, module=module, inputs=inputs)
+        arm = self._arm("exact", self._filled(llfx.rewrite(llfx.capture(module, inputs), self.cfg)))
+        results = replace(arm, step=step).results()
+        return {name: result for name, result in results.items() if name.startswith("gradient of")}
+
     def _arm(self, name: str, module: nn.Module) -> Arm:
         parameters = {path: p for path, p in module.named_parameters() if p.requires_grad}
         return Arm(name, self.step, module.train(self.step.trains), parameters)
@@ -249,12 +267,13 @@ class Arms:
         peft.get_peft_model(module, settings)
         return time.perf_counter() - start
 
-    def _peft(self) -> Arm:
+    def _peft(self, **options: Any) -> Arm:
         with tempfile.TemporaryDirectory() as folder:
             llfx.save_peft(self.ours, folder)
             settings = (Path(folder) / "adapter_config.json").read_bytes()
             memo = {id(tensor): tensor for tensor in (*self.step.module.parameters(), *self.step.module.buffers())}
-            module = peft.PeftModel.from_pretrained(copy.deepcopy(self.step.module, memo), folder, is_trainable=True)
+            module = copy.deepcopy(self.step.module, memo)
+            module = peft.PeftModel.from_pretrained(module, folder, is_trainable=True, **options)
 
         def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             """Rename by way of files, because the library knows their names and layouts."""

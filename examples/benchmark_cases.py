@@ -123,8 +123,8 @@ class Case:
 
     Args:
         build: builds the module, with random weights unless it has pretrained ones.
-        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" and "train-8192" are with as
-            many tokens, and "train-masked" is without the labels of the first half.
+        calls: the calls that can be measured: "forward", "decode", "train"; "train-2x512", "train-2048" and
+            "train-8192" are with as many tokens, and "train-masked" is without the labels of the first half.
         tokens: the number of tokens in a layer's input; None for a model.
     """
 
@@ -248,16 +248,18 @@ def _bert(layers: int) -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-CAUSAL = ("forward", "decode", "train", "train-masked", "train-2048", "train-8192")
+CAUSAL = ("forward", "decode", "train", "train-masked", "train-2x512", "train-2048", "train-8192")
 LAYER = ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
+    "smollm2-4": Case(functools.partial(_llama, 4), CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
     "llama-1b": Case(functools.partial(_llama, 16, 2048, 8192, 32, 8, 128256), (*CAUSAL, "train-8x2048")),
     # Leave out the head, because it takes half of a small model's time.
+    "smollm2-4-body": Case(functools.partial(_llama, 4, cls=transformers.LlamaModel), CAUSAL),
     "smollm2-6-body": Case(functools.partial(_llama, cls=transformers.LlamaModel), CAUSAL),
-    "gpt2": Case(functools.partial(_gpt2, 12), CAUSAL[:4]),  # its texts have at most 1024 tokens
-    "gpt2-6": Case(functools.partial(_gpt2, 6), CAUSAL[:4]),
+    "gpt2": Case(functools.partial(_gpt2, 12), CAUSAL[:5]),  # its texts have at most 1024 tokens
+    "gpt2-6": Case(functools.partial(_gpt2, 6), CAUSAL[:5]),
     "bert": Case(functools.partial(_bert, 12), LAYER),
     "bert-6": Case(functools.partial(_bert, 6), LAYER),
     **{

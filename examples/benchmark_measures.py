@@ -14,7 +14,7 @@ import torch
 from benchmark_arms import Arm, Arms
 from counted_bytes import kept_bytes
 from live_bytes import LiveBytes
-from torch import nn
+from torch import Tensor, nn
 from variants import flop_counter
 
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
@@ -118,6 +118,13 @@ def saved(arm: Arm) -> int:
     arm.renew()
     kept, _ = kept_bytes(lambda: arm.run(**arm.step.inputs), modules, arm.parameters.values())
     return kept
+
+
+def gradient_error(arm: Arm, exact: dict[str, Tensor]) -> float:
+    """Return how far an arm's gradients are from exact ones, as a multiple of the norm of those."""
+    actual = arm.results()
+    squares = {name: (actual[name].double() - gradient).square().sum().item() for name, gradient in exact.items()}
+    return math.sqrt(sum(squares.values()) / sum(gradient.square().sum().item() for gradient in exact.values()))
 
 
 def compilations(arms: Arms, name: str) -> list[int]:

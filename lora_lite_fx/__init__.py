@@ -28,7 +28,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .adapters.registry import register, registry
     from .adapters.slot_optimizer import SlotOptimizer
     from .adapters.state import adapter_parameters, load_adapter_state_dict
-    from .adapters.switches import active, by_row, scaled
+    from .adapters.switches import active, by_row, scaled, set_adapter
     from .adapters.variant import Variant
     from .capture.differences import Difference, DifferenceTable
     from .distributed.materialize import materialize
@@ -128,7 +128,24 @@ _HAND_OVER = {
 def __getattr__(name: str) -> Any:
     if name in _HAND_OVER:
         return getattr(importlib.import_module(f".hand_over.{_HAND_OVER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_instead_of(name)}")
+
+
+_OF_PEFT = {
+    "PeftModel": "llfx.load_peft(model, path) returns a graph with the adapter; llfx.adapt(model, path) a model.",
+    "get_peft_model": "llfx.adapt(model, cfg) returns a model of the same class, llfx.rewrite(model, cfg) a graph.",
+    "get_peft_model_state_dict": "llfx.adapter_state_dict(model) returns the tensors of adapters.",
+    "inject_adapter_in_model": "llfx.wrap(model, cfg) returns a copy of the model with wrapped modules.",
+    "prepare_model_for_kbit_training": "It is not needed: nothing is cast, and the inputs need no gradient.",
+    "set_peft_model_state_dict": "llfx.load_adapter_state_dict(model, tensors) copies tensors into adapters.",
+}
+"""What to use in place of functions of PEFT that the package does not have."""
+
+
+def _instead_of(name: str) -> str:
+    if name.endswith("Config"):
+        return ". A config is named as its method, llfx.LoRA(r=8); adapt and rewrite take PEFT's own, too."
+    return f". {_OF_PEFT[name]}" if name in _OF_PEFT else ""
 
 
 def __dir__() -> list[str]:
@@ -242,6 +259,7 @@ __all__ = [
     "save_peft",
     "save_slot",
     "scaled",
+    "set_adapter",
     "shard",
     "split",
     "swap",

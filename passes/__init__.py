@@ -24,7 +24,6 @@ from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
 from .optimize.fuse_loss import FuseLoss
 from .optimize.gather_bank_products import GatherBankProducts
 from .optimize.gather_products import GatherProducts
-from .optimize.gather_wider_products import GatherWiderProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
@@ -57,7 +56,6 @@ OPTIMIZATIONS = Pipeline(
         PutFastForms(),
         RecomputeWeights(),
         GatherProducts(),
-        GatherWiderProducts(),
         GatherBankProducts(),
         RecomputeInputs(),
     )
@@ -79,7 +77,6 @@ __all__ = [
     "FuseLoss",
     "GatherBankProducts",
     "GatherProducts",
-    "GatherWiderProducts",
     "GraphPass",
     "GroupHeads",
     "HoistParameterWork",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
+from ..errors import AdapterError
 from ..graph.insertion import DEFAULT, insertions
 from ..graph.tensors import tensor_of
 from ..text_table import fold, text_table
@@ -119,18 +119,22 @@ def adapters(model: nn.Module) -> AdapterTable:
 def describe_adapters(model: nn.Module, with_sites: bool = False) -> list[str]:
     """Return a line for each adapter of `model`, such as `LoRA(r=8, alpha=16) at 14 sites, 43,008 parameters`.
 
-    A module that is still being made, as a debugger shows it, has no lines.
+    A module that is still being made, as a debugger shows it, has no lines. A model whose modules another library has
+    changed has one line that says so.
 
     Args:
         model: any module.
         with_sites: whether lines with its sites follow that of an adapter: `  layers.0-1.up x 2`.
     """
-    with suppress(AttributeError):
+    try:
         lines = []
         for row in _rows(model):
             lines += [str(row), *(f"  {site}" for site in (_shown_sites(row) if with_sites else ()))]
         return lines
-    return []
+    except AttributeError:
+        return []
+    except AdapterError as error:
+        return [f"adapters that cannot be read: {error}"]
 
 
 def _shown_sites(row: AdapterRow) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -15,30 +16,67 @@ from ..graph.insertion import DEFAULT
 from .registry import registry
 from .variant import Variant
 
-Config = Variant | Sequence[Variant] | Mapping[str, Variant | Sequence[Variant]]
-"""A variant, several to insert in this order, or a dict that names adapters: `{"fr": LoRA(r=8), "de": [IA3()]}`."""
 
+@runtime_checkable
+class PeftConfig(Protocol):
+    """A config of PEFT, as a `peft.LoraConfig`."""
+
+    peft_type: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+
+
+AdapterConfig = Variant | PeftConfig | Sequence[Variant | PeftConfig]
+Config = AdapterConfig | Mapping[str, AdapterConfig]
+"""A variant, several to insert in this order, or a dict that names adapters: `{"fr": LoRA(r=8), "de": [IA3()]}`.
+
+A config of PEFT may stand in the place of a variant.
+"""
+Reader = TypeVar("Reader", bound=Callable[..., Variant | list[Variant]])
+_READERS: list[Callable[..., Variant | list[Variant]]] = []
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-def as_adapters(cfg: Config) -> list[tuple[str, Variant]]:
+def reads_peft_configs(reader: Reader) -> Reader:
+    """Let a function read the configs of PEFT. It stands in a wing above this one, with all that is known of PEFT.
+
+    Args:
+        reader: takes a config and the model to adapt, or None, and returns the variants.
+    """
+    _READERS[:] = [reader]
+    return reader
+
+
+def as_adapters(cfg: Config, model: Any = None) -> list[tuple[str, Variant]]:
     """Return the variants of a config in the order of insertion, each with the name of its adapter.
 
+    Args:
+        cfg: the config.
+        model: the model to adapt, which a config of PEFT may depend on; None if it is not known.
+
     Raises:
-        ConfigError: `cfg` is empty, a name cannot be one, or an element is not a variant.
+        ConfigError: `cfg` is empty, a name cannot be one, or an element is not a variant; or as `from_peft_config`.
     """
     if not isinstance(cfg, Mapping):
-        return [(DEFAULT, variant) for variant in _as_variants(cfg)]
-    if not cfg or not all(isinstance(value, (Variant, list, tuple)) for value in cfg.values()):
+        return [(DEFAULT, variant) for variant in _as_variants(cfg, model)]
+    if not cfg or not all(isinstance(value, (Variant, PeftConfig, list, tuple)) for value in cfg.values()):
         raise not_a_variant(cfg)
-    return [(check_name(name), variant) for name, variants in cfg.items() for variant in _as_variants(variants)]
+    return [(check_name(name), variant) for name, each in cfg.items() for variant in _as_variants(each, model)]
 
 
-def _as_variants(cfg: Variant | Sequence[Variant]) -> list[Variant]:
-    variants = list(cfg) if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
-    wrong = [item for item in variants if not isinstance(item, Variant)]
-    if wrong or not variants:
-        raise not_a_variant(wrong[0] if wrong else cfg)
+def _as_variants(cfg: AdapterConfig, model: Any) -> list[Variant]:
+    variants: list[Variant] = []
+    for item in cfg if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]:
+        if isinstance(item, Variant):
+            variants.append(item)
+        elif isinstance(item, PeftConfig) and not isinstance(item, type):
+            read = _READERS[0](item, model if isinstance(model, nn.Module) else None)
+            variants += [read] if isinstance(read, Variant) else read
+        else:
+            raise not_a_variant(item)
+    if not variants:
+        raise not_a_variant(cfg)
     return variants
 
 

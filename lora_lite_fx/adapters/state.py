@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,15 +153,19 @@ def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) 
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
 
 
-def trainable_parameters(model: nn.Module) -> str:
-    """Return one line, in the form in which PEFT prints it, on the parameters of `model` that train now.
+class CountsParameters:
+    """The part of an adapted model that counts its parameters, by the names that PEFT's models have for it."""
 
-    A parameter that modules share counts once.
-    """
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    percentage = 100 * trainable / total if total else 0.0
-    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percentage:.4f}"
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """Return how many parameters train now, and of how many. A parameter that modules share counts once."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self: Any) -> None:
+        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
+        trainable, total = self.get_nb_trainable_parameters()
+        percentage = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percentage:.4f}")
 
 
 def adapter_tensors(model: nn.Module) -> list[str]:

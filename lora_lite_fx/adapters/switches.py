@@ -136,6 +136,32 @@ def active(model: Model, names: str | Sequence[str] | EllipsisType | None = ...)
     return Scope(model, undo)
 
 
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Let these adapters act and train, and no others, as PEFT's function of this name does.
+
+    The parameters of the others do not require gradients from now on, so that `adapter_parameters` and counts of what
+    trains leave them out. `active` switches without that.
+
+    Args:
+        model: as for `active`.
+        names: the name of one adapter, or several.
+
+    Raises:
+        AdapterError, ConfigError: as `active`.
+    """
+    active(model, names)
+    trained = {path for name in known_names(model, names or []) for path in adapter_tensor_names(model, name)}
+    for path in adapter_tensor_names(model):
+        let_train(model, [path], path in trained)
+
+
+def let_train(model: nn.Module, paths: Iterable[str], trains: bool) -> None:
+    """Let the parameters among these tensors of a model require gradients, or not."""
+    for path in paths:
+        if isinstance(tensor := tensor_of(model, path), nn.Parameter):
+            tensor.requires_grad_(trains)
+
+
 def scaled(
     model: Model, c: Coefficient | Mapping[str, Coefficient], names: str | Sequence[str] | None = None
 ) -> Scope[Model]:

@@ -27,12 +27,13 @@ from .export import export
 from .forward_signature import name_arguments, signature_of
 from .inputs.example_inputs import warn_of
 from .omissions import call_signature
-from .origins.origin import DiffusersModel, ModelReference, PlainModule, TimmModel, is_diffusers, is_hugging_face
+from .origins.origin import DiffusersModel, PlainModule, TimmModel, is_diffusers, is_hugging_face
 from .origins.transformers_model import TransformersModel
 from .origins.wrong_arguments import check_inputs
 from .outputs import Call
 from .quirks.layouts import KnownWhileTraced, pass_layouts
 from .quirks.python_random import without_python_random
+from .recurrent_layers import warn_of_fixed_length
 from .shared_copy import shared_copy
 from .signature import CallSignature
 from .symbolic_tracing.branches import Values, refuse_in_graph, refused_calls
@@ -56,7 +57,6 @@ class Capture:
         source: what was captured, a copy of the user's model over the same weights; None if that is a graph already.
         calls: calls to compare the two on, the first that of the capture; empty without example inputs.
         hint: a sentence on how to avoid a difference between the two, after a space.
-        reference: to the user's model; None if that is a graph.
     """
 
     gm: fx.GraphModule
@@ -67,7 +67,6 @@ class Capture:
     calls: tuple[Call, ...] = ()
     hint: str = ""
     held: Mapping[bool, Sequence[str]] = field(default_factory=dict)
-    reference: ModelReference | None = None
 
 
 def origin_of(model: nn.Module) -> PlainModule:
@@ -138,7 +137,7 @@ def capture_model(
     else:
         captured = _exported(origin, copied, example_inputs, dynamic_shapes, made)
     set_modes(copied, captured.modes)
-    return replace(captured, reference=origin.reference())
+    return captured
 
 
 def _exported(
@@ -179,6 +178,8 @@ def _exported(
         if signature is not None and layouts:
             signature = replace(signature, layouts=layouts)
         details += [f"{len(gm.graph.nodes)} nodes", *done]
+    if dynamic_shapes is not None:
+        warn_of_fixed_length(gm.graph)
     return Capture(gm, eval_gm, modes_of(origin.model), signature, copied, calls, hint, held)
 
 

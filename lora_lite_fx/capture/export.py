@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from .refusal import refusal
 from .sizes_of_one import sizes_of_one_that_decide
 
 
-def export(model: nn.Module, call: Call, dynamic_shapes: Any, batch_only: Collection[str] = ()) -> fx.GraphModule:
+def export(
+    model: nn.Module,
+    call: Call,
+    dynamic_shapes: Any,
+    batch_only: Collection[str] = (),
+    unread: Sequence[Tensor] = (),
+) -> fx.GraphModule:
     """Export `model` on the inputs of a call.
 
     Args:
@@ -31,8 +38,13 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any, batch_only: Collec
         dynamic_shapes: as for `capture`.
         batch_only: names of arguments of which `"auto"` makes the batch alone dynamic. Where the model cannot be
             exported, this is tried with its images too.
+        unread: tensors of the call that the model does not read, as the caches of layers that it lacks. Those among the
+            keyword arguments are exported with fixed sizes, because symbols for their sizes take as long as a layer.
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+        if unread and not call[0] and isinstance(dynamic_shapes, dict):
+            fixes = {name for name, value in call[1].items() if any(value is tensor for tensor in unread)}
+            dynamic_shapes = {name: None if name in fixes else shape for name, shape in dynamic_shapes.items()}
         return _export_as(model, call, dynamic_shapes)
 
     def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
@@ -169,7 +181,8 @@ def double_batch_of_one(inputs: Any) -> Any:
 
 def take_for_one(size: int | torch.SymInt, other: int | torch.SymInt) -> None:
     """Let an export take two sizes for one, in the forward of what it exports. The graph's guards compare them."""
-    check(size == other)
+    if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+        check(size == other)
 
 
 GUARDS = "_guards_fn"
@@ -194,13 +207,20 @@ class _GuardsOfSizes(nn.Module):
         names: of the inputs.
         same: the numbers of inputs, with those of the inputs whose sizes they have.
         several: the numbers of inputs and the dimensions of which the size is not one.
+        examples: the numbers of inputs, with the tensors that the first guards see in their place.
     """
 
     def __init__(
-        self, first: nn.Module, names: Sequence[str], same: Mapping[int, int], several: Sequence[tuple[int, int]]
+        self,
+        first: nn.Module,
+        names: Sequence[str],
+        same: Mapping[int, int],
+        several: Sequence[tuple[int, int]],
+        examples: Mapping[int, Tensor],
     ) -> None:
         super().__init__()
         self.first = first
+        self.examples = examples
         self.pairs = [
             (one, other, f"{_FAILED}{names[one]}.shape == {names[other]}.shape") for one, other in same.items()
         ]
@@ -209,24 +229,30 @@ class _GuardsOfSizes(nn.Module):
 
     def forward(self, *inputs: Any) -> None:
         """Raise AssertionError for inputs that the graph does not hold for."""
-        self.first(*inputs)
+        self.first(*(self.examples.get(number, value) for number, value in enumerate(inputs)))
         for one, other, message in self.pairs:
             assert_in_graph(inputs[one].shape == inputs[other].shape, message)
         for one, dim, message in self.several:
             assert_in_graph(inputs[one].shape[dim] != 1, message)
 
 
-def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int], several: Sequence[tuple[int, int]]) -> None:
+def guard_sizes(
+    gm: fx.GraphModule,
+    same: Mapping[int, int],
+    several: Sequence[tuple[int, int]],
+    examples: Mapping[int, Tensor] = MappingProxyType({}),
+) -> None:
     """Let the guards of a graph check further sizes of inputs.
 
     Args:
         gm: as torch.export made it.
-        same, several: what they check, as for `_GuardsOfSizes`; nothing is done if that is nothing.
+        same, several, examples: what they check, as for `_GuardsOfSizes`; nothing is done without the first two.
     """
     if not same and not several:
         return
     names = [node.name for node in gm.graph.find_nodes(op="placeholder", sort=True)]
-    gm.add_module(GUARDS, _GuardsOfSizes(gm.get_submodule(GUARDS), names, same, several))
+    without_data = {number: tensor.to("meta") for number, tensor in examples.items()}
+    gm.add_module(GUARDS, _GuardsOfSizes(gm.get_submodule(GUARDS), names, same, several, without_data))
 
 
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:

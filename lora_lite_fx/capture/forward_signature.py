@@ -6,9 +6,11 @@ A subclass often names few arguments or none, and passes the rest on to the clas
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 _REQUIRED = inspect.Parameter.empty
@@ -19,11 +21,20 @@ _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
 def forward_signature(cls: Any) -> inspect.Signature:
     """Return the signature of `cls.forward`, with `self`, and with the arguments that it may pass on by `**kwargs`."""
-    signature = inspect.signature(cls.forward)
+    if torch.compiler.is_dynamo_compiling():  # it follows the function, and warns of a cache
+        return _signature(cls, cls.forward)
+    return _known_signature(cls, cls.forward)
+
+
+def _signature(cls: Any, forward: Any) -> inspect.Signature:
+    signature = inspect.signature(forward)
     for base in cls.__mro__[1:]:
         if "forward" in vars(base) and base is not nn.Module and _VAR_KEYWORD in _kinds(signature):
             signature = _passing_on(signature, inspect.signature(base.forward))
     return signature
+
+
+_known_signature = functools.lru_cache(maxsize=256)(_signature)  # each call of an adapted model asks
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:

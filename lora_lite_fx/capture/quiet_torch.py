@@ -6,11 +6,14 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..compat.torch import FAKE_TENSORS_LOG
+
+_FLAT = r"self\.([\w.]+\.)?_flat_weights\[\d+\]"
 
 
 @contextmanager
@@ -40,7 +43,13 @@ def quiet_export() -> Iterator[None]:
         # It says that an error comes without advice.
         (logging.getLogger("torch.fx.experimental.symbolic_shapes"), "Unable to find user code"),
     )
-    with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)), contextlib.ExitStack() as stack:
+    with (
+        contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)),
+        warnings.catch_warnings(),
+        contextlib.ExitStack() as stack,
+    ):
+        # torch.nn's recurrent layers list their weights again whenever one is set. The graph reads the weights.
+        warnings.filterwarnings("ignore", rf"The tensor attributes ({_FLAT}, )*{_FLAT} were assigned during export")
         for logger, text in needless:
             if logger is not None:
                 without = functools.partial(_is_without, text)

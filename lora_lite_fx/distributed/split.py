@@ -12,7 +12,6 @@ from ..adapters.state import adapter_tensors
 from ..capture.graph_calls import count_arguments, return_as
 from ..errors import AdapterError, CallError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.execution import Execution
 from ..graph.copies import copy_graph
 from ..graph.cut import Part, cut_at, spans_of, value_is_tensor
 from ..graph.layers import A_LAYER, pieces_of
@@ -89,7 +88,7 @@ def split(
     _check(draft, parts)
     note_lost_rows(draft.graph, [node for part in parts for node in part.received])
     placed = tuple(placements(gm))
-    execution = replace(gm.execution, signature=None, fuse_loss=False, source=Execution.source)
+    execution = replace(gm.execution, signature=None, fuse_loss=False, made_from=None)
     execution = replace(execution, passes=replace(execution.passes, check=None))
     result: list[AdaptedGraphModule] = []
     for index, part in enumerate(parts):

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import adapter_tensor_names
-from ..adapters.state import trainable_parameters
+from ..adapters.state import CountsParameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
@@ -44,7 +44,7 @@ from .program_state import RunsPrograms, deriving
 from .run_program import Program, ProgramKey
 
 
-class AdaptedGraphModule(SeesMoves, RunsPrograms):
+class AdaptedGraphModule(SeesMoves, CountsParameters, RunsPrograms):
     """A graph module that computes what its graph says, and runs it as its `execution` says.
 
     A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Its
@@ -284,8 +284,7 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         """Return the model's class, the sizes, the adapters and their sites; `code` has the graph."""
         if vars(self).get("execution") is None:  # it is still being made, as a debugger shows it
             return super().__repr__()
-        parameters = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        total, trained = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
+        trained, total = self.get_nb_trainable_parameters()
         of = "" if (name := model_name(self)) == "GraphModule" else f" of {name}"  # where it is not known
         lines = [
             f"GraphModule{of}, {total:,} parameters, of which {trained:,} train",
@@ -296,7 +295,3 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
 
     def __str__(self) -> str:
         return repr(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
-        print(trainable_parameters(self))

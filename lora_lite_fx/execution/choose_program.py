@@ -16,6 +16,7 @@ from ..adapters.bank import IDS, check_coefficients
 from ..capture.asserted_decisions import is_other_decision
 from ..capture.export import failed_guard
 from ..capture.graph_calls import method_signature
+from ..capture.recurrent_layers import fixed_length
 from ..compat.torch import constant_when_compiled, outside_symbolic_trace, pytree, trace_is_active, transform_is_active
 from ..errors import CallError
 from ..graph.calls_and_traces import calling
@@ -83,9 +84,13 @@ def _explained(
     if isinstance(error, AssertionError):
         if (condition := failed_guard(error)) is None:
             return None
+        fixed = fixed_length(gm.graph)
+        because = ""
+        if fixed is not None and condition.endswith(f"== {fixed[0]}"):
+            because = f" {fixed[1]}; a capture without example_inputs leaves the length open."
         return (
-            f"This graph holds for calls with {condition}, as in its example inputs, and not for this one. The way out:"
-            " capture a graph for calls like this one, with example_inputs of their shapes."
+            f"This graph holds for calls with {condition}, as in its example inputs, and not for this one.{because} The"
+            " way out: capture a graph for calls like this one, with example_inputs of their shapes."
         )
     if is_other_decision(error):
         return str(error)

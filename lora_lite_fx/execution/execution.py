@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..adapters.changed_buffers import BaseBuffers
+from ..capture.model_record import ModelRecord
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .compile_layers import LayerCompiler
@@ -29,7 +30,7 @@ class Execution:
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
         finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
         held: the modules that `train(True)` and `train(False)` leave in the other mode, as those of the model do.
-        source: a weak reference to the model that it was captured from; calling it returns the model, or None.
+        made_from: what the graph remembers of the model that it was captured from; None for a graph from elsewhere.
         base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
         absent: the names of parameters and buffers that the model has a place for, and that were None.
         save_as_model: writes a graph without adapters as the files of the model that it was captured from; None if the
@@ -45,7 +46,7 @@ class Execution:
     signature: CallSignature | None = None
     finish: Callable[[nn.Module, fx.Graph], None] | None = None
     held: Mapping[bool, Sequence[str]] = field(default_factory=dict)
-    source: Callable[[], nn.Module | None] = lambda: None
+    made_from: ModelRecord | None = None
     base_buffers: BaseBuffers = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     save_as_model: Callable[..., None] | None = None
@@ -71,15 +72,17 @@ class Host:
 
 
 _ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
+_REMOVE = "llfx.remove(graph) returns the model without its adapters."
 ELSEWHERE = {
     "generate": _ADAPT,
     "config": _ADAPT,
     "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters;"
     " llfx.merge(graph).save_pretrained(folder) writes the model of transformers that it was captured from, with them.",
     "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
-    "unload": "llfx.remove(graph) returns the model without its adapters.",
+    "unload": _REMOVE,
+    "get_base_model": _REMOVE,
     "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",
-    "set_adapter": "llfx.active(graph, name) lets one adapter act.",
+    "set_adapter": "llfx.set_adapter(graph, name) lets one adapter act and train.",
     "add_adapter": "llfx.add(graph, {name: cfg}) adds one.",
     "delete_adapter": "llfx.delete(graph, name) deletes one.",
     "load_adapter": "llfx.load_peft(graph, path, name=name) returns the graph with it.",

@@ -62,8 +62,9 @@ def _adapters_in(
     where = Path(path) / subfolder
     if where.name == FILE or (where / FILE).is_file():
         return {}, adapters_at_sites(graph, read_diffusers(graph, where))
-    file = where if where.is_file() else where / WEIGHTS
-    is_peft = not where.exists() or (where / CONFIG).is_file() or revision is not None
+    is_file = where.is_file() or (where.suffix == Path(WEIGHTS).suffix and not where.exists() and revision is None)
+    file = where if is_file else where / WEIGHTS
+    is_peft = not is_file and (not where.exists() or (where / CONFIG).is_file() or revision is not None)
     # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
     if is_peft and not file.is_file():
         return {}, adapters_at_sites(graph, read_directory(directory_of(path, revision, subfolder)))

@@ -227,6 +227,6 @@ def _config_of(tensors: Mapping[str, Tensor], alphas: Mapping[str, Tensor], file
 
 def _component_of(model: nn.Module) -> str | None:
     """Return the name that pipelines have for a model of this class; None if the class does not say."""
-    source = source_of(model) if isinstance(model, fx.GraphModule) else None
-    name = type(model).__name__ if source is None else source.class_name
+    source = source_of(model)
+    name = type(model if source is None else source).__name__
     return "unet" if name.startswith("UNet") else "transformer" if "Transformer" in name else None

@@ -137,7 +137,8 @@ def check_directory(path: Path) -> None:
         return
     if not path.exists():
         raise CheckpointError(
-            f"{path} is not a directory: nothing is there. A repository on the Hugging Face Hub is named owner/name."
+            f"{path}: nothing is there, neither a file nor a directory. A repository on the Hugging Face Hub is named"
+            " owner/name."
         )
     if (path.parent / "adapter_config.json").is_file():
         hint = f"Pass the PEFT directory that it is in, {str(path.parent)!r}."

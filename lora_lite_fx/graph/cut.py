@@ -15,7 +15,7 @@ from .insertion import is_inserted
 from .layers import layer_of
 from .queries import is_deterministic
 from .regions import closes_region, opens_region, sets_mode
-from .tensors import tensor_of
+from .tensors import attribute_of
 from .walk import ancestors
 from .writes import overwritten_tensors
 
@@ -133,7 +133,7 @@ def _computed_anew(gm: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
 
 def _is_tensor(gm: nn.Module, name: str) -> bool:
     try:
-        return isinstance(tensor_of(gm, name), Tensor)
+        return isinstance(attribute_of(gm, name), Tensor)
     except (AssertionError, AttributeError):
         return False
 

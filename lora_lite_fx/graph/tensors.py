@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from ..compat.torch import FakeTensor
 from ..compat.torch_modules import buffers_of, children_of
+from ..errors import AdapterError
 
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""
@@ -29,9 +30,18 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """Return the parameter or buffer of that qualified name."""
+    """Return the parameter or buffer of that qualified name.
+
+    Raises:
+        AdapterError: something else has the name, because another library changed the modules of the model.
+    """
     tensor = attribute_of(model, name)
-    assert isinstance(tensor, Tensor)
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(
+            f"{name!r} is a {type(tensor).__name__} and not a tensor, because modules of this {type(model).__name__}"
+            " were changed after its adapters were inserted, as PEFT's get_peft_model does. The way out: insert all"
+            " adapters at once into an unchanged model, adapt(model, [LoRA(r=8), llfx.from_peft_config(config)])."
+        )
     return tensor
 
 

@@ -49,7 +49,7 @@ _OPTIONS = {
 def save_aoti(
     model: nn.Module,
     path: str | os.PathLike[str],
-    inputs: Tensors | None = None,
+    inputs: Tensors | tuple[Tensor, ...] | None = None,
     *,
     outputs: str | Sequence[str] | None = None,
     bake: bool = False,
@@ -64,7 +64,7 @@ def save_aoti(
     Args:
         model: a result of `rewrite`, `load`, `adapt` or `merge`. Only the adapters that act are in the package.
         path: of the package; its folder must exist.
-        inputs: keyword arguments of a call, tensors; None for those that the graph was captured with but labels.
+        inputs: as for `export`.
         outputs: names of fields of the model's output, as for `export`.
         bake: make constants of what depends on parameters alone. Such a package is faster for variants as DoRA, and
             has no adapter to exchange.

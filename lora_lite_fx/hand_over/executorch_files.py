@@ -43,7 +43,7 @@ def save_executorch(
     model: nn.Module,
     folder: str | Path,
     name: str,
-    inputs: Tensors | None = None,
+    inputs: Tensors | tuple[Tensor, ...] | None = None,
     *,
     outputs: str | Sequence[str] | None = None,
     bake: bool | None = None,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ..capture.forward_signature import signature_of
+from ..errors import ConfigError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.tensors import outside_inference_mode
 from ..passes import DropMetadataAsserts
@@ -19,7 +21,7 @@ from .served_graph import ServedGraph, Tensors, graph_to_serve
 @outside_inference_mode()
 def export(
     model: nn.Module,
-    inputs: Tensors | None = None,
+    inputs: Tensors | tuple[Tensor, ...] | None = None,
     *,
     outputs: str | Sequence[str] | None = None,
     cache: bool = False,
@@ -33,7 +35,8 @@ def export(
 
     Args:
         model: a result of `rewrite`, `load`, `adapt` or `merge`. Only the adapters that act are exported.
-        inputs: keyword arguments of a call, tensors; None for those that the graph was captured with but labels.
+        inputs: arguments of a call, tensors: a tuple in the order of `forward`, or a dict by name. None for those that
+            the graph was captured with but labels.
         outputs: names of fields of the model's output. One gives the tensor itself, several a tuple; None for all
             tensors of the output.
         cache: export a step of a causal language model, see `step_with_cache`.
@@ -49,7 +52,7 @@ def export(
 
 def served(
     model: nn.Module,
-    inputs: Tensors | None,
+    inputs: Tensors | tuple[Tensor, ...] | None,
     outputs: str | Sequence[str] | None,
     cache: bool,
     bake: bool,
@@ -70,14 +73,27 @@ def served(
 
 
 def graph_of_call(
-    model: nn.Module, inputs: Tensors | None, outputs: str | Sequence[str] | None, cache: bool
+    model: nn.Module,
+    inputs: Tensors | tuple[Tensor, ...] | None,
+    outputs: str | Sequence[str] | None,
+    cache: bool,
 ) -> tuple[AdaptedGraphModule, Tensors | None, str | Sequence[str] | None]:
     """Return the graph of a call or of a step with a cache, and the inputs and outputs to take of it, as `export`."""
+    if isinstance(inputs, tuple) and isinstance(model, nn.Module):
+        inputs = _named(model, inputs)
     if not cache:
         return graph_to_serve(model, inputs), inputs, outputs
     from .step_with_cache import step_with_cache
 
     return *step_with_cache(model, inputs, outputs), None  # it returns these outputs, and the cache
+
+
+def _named(model: nn.Module, inputs: tuple[Any, ...]) -> Tensors:
+    """Return positional inputs by the names of the arguments of `forward`."""
+    try:
+        return signature_of(model).bind(*inputs).arguments
+    except TypeError as error:
+        raise ConfigError(f"inputs does not fit {type(model).__name__}.forward: {error}.") from error
 
 
 def exported(graph: ServedGraph, largest: tuple[int, int] | None = None) -> ExportedProgram:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..formats.peft.base_model import source_of
 from ..formats.plain_lora import SiteFactors, plain_lora
 from ..formats.safetensors_files import check_finite
 from ..formats.untrusted_files import as_path
+from ..rewriting.named import acting_now
 from .targets import import_package
 
 _RUNTIME = "llama.cpp"
@@ -74,7 +76,7 @@ def save_gguf(
         path: of the file, which is written whole or not at all.
         adapter: the name of the adapter; None for all that act, by their coefficients.
         dtype: of the tensors, float32 or float16.
-        config: the config of the model, for a graph whose model does not exist any more: `model.config`.
+        config: the config of the model, for a graph that does not remember its model, as one from a `.pt2` file.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
@@ -82,6 +84,9 @@ def save_gguf(
         AdapterError: the architecture is not known here; or llama.cpp has no adapter at a site or of this form.
         ConfigError: there is no adapter of the name, or an argument is impossible.
         CheckpointError: the file cannot be written, or a value is not finite.
+
+    Warns:
+        UserWarning: several adapters act, and the file has their sum.
     """
     file = as_path(path, "save_gguf(model, path)")
     if dtype not in _TYPES:
@@ -91,6 +96,12 @@ def save_gguf(
     warn_of_lost_buffers(model, "save_gguf writes", "llfx.save, whose files hold them")
     config = _config_of(model) if config is None else config
     architecture = _architecture_of(config)
+    if adapter is None and len(acting := acting_now(model) or ()) > 1:
+        warnings.warn(
+            f"save_gguf writes the sum of the adapters that act, {', '.join(acting)}, as one. adapter={acting[0]!r} writes"
+            " one of them.",
+            stacklevel=2,
+        )
     with gathered(model):
         found = plain_lora(model, _RUNTIME, adapter)
         tensors = _tensors(found, architecture, config, dtype)
@@ -100,15 +111,12 @@ def save_gguf(
 
 
 def _config_of(model: nn.Module) -> Any:
-    """Return the config of an adapted model, or of the model that a graph was captured from."""
-    config = getattr(model, "config", None)
-    if config is None:
-        source = source_of(model)
-        config = getattr(None if source is None else source(), "config", None)
+    """Return the config of an adapted model, or that which a graph remembers of its model."""
+    config = getattr(source_of(model), "config", None)
     if config is None:
         raise AdapterError(
-            "The architecture of the model is not known, because this is a graph whose model does not exist any more,"
-            " or not one of transformers. The way out: save_gguf(graph, path, config=model.config)."
+            "The architecture of the model is not known, because this is a graph of no model of transformers, or one"
+            " from a .pt2 file. The way out: save_gguf(graph, path, config=model.config)."
         )
     return config
 

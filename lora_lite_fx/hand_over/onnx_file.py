@@ -42,7 +42,7 @@ _CACHE = re.compile(r"(past|present)_(key|value)_(\d+)")
 def save_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    inputs: Tensors | None = None,
+    inputs: Tensors | tuple[Tensor, ...] | None = None,
     *,
     outputs: str | Sequence[str] | None = None,
     cache: bool = False,
@@ -60,7 +60,7 @@ def save_onnx(
     Args:
         model: a result of `rewrite`, `load`, `adapt` or `merge`. Only the adapters that act are in the file.
         path: of the file. A model above 1 GB has its tensors beside it, in `<path>.data`.
-        inputs: keyword arguments of a call, tensors; None for those that the graph was captured with but labels.
+        inputs: as for `export`.
         outputs: names of fields of the model's output; None for all its tensors.
         cache: write a step of a causal language model, see `step_with_cache`. The cache has the names that ONNX Runtime
             GenAI expects: `past_key_values.0.key`, `present.0.key`.
@@ -157,7 +157,11 @@ class _Input:
 
 
 def _served(
-    model: nn.Module, inputs: Tensors | None, outputs: str | Sequence[str] | None, cache: bool, bake: bool | None
+    model: nn.Module,
+    inputs: Tensors | tuple[Tensor, ...] | None,
+    outputs: str | Sequence[str] | None,
+    cache: bool,
+    bake: bool | None,
 ) -> tuple[ServedGraph, dict[str, _Input], list[str]]:
     """Return the graph of the file; the inputs for adapters, by the names of the graph's inputs; and their labels."""
     gm, inputs, outputs = graph_of_call(model, inputs, outputs, cache)

@@ -182,6 +182,9 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     """Return the tensors and the document of a file that `llfx.save` wrote."""
     from safetensors import SafetensorError, safe_open
 
+    if not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "missing"
+        raise ValueError(f"{path} is {what}. An adapter is a file that llfx.save wrote, such as fr.safetensors.")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             document = json.loads((file.metadata() or {}).get(KEY, "null"))

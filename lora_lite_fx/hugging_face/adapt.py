@@ -28,19 +28,21 @@ from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.peft.directory import CONFIG
 from ..formats.untrusted_files import read_json
+from ..graph.calls_and_traces import collection_put_off
 from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
-from ..rewriting.choose_sites import Batches, check_calibration, check_gradients
-from ..rewriting.rewrite import rewrite
+from ..rewriting.choose_sites import Batches, check_calibration, check_gradients, choose_sites
+from ..rewriting.rewrite import insert_new
 from .adapted_model import Adapted
 from .adapted_parts import subclass
 from .diffusers_models import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
-from .shared_adapters import model_of, share_adapters
+from .shared_adapters import model_to_adapt, share_adapters
 
 
 @outside_inference_mode()
+@collection_put_off()
 def adapt(
     model: Any,
     cfg: Config | str | os.PathLike[str] | None = None,
@@ -87,7 +89,7 @@ def adapt(
 
     Raises:
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
-            adapters, or one whose model does not exist any more.
+            adapters, or one that does not remember its model or lacks weights of it.
         CaptureError: a model of diffusers is given without example inputs.
         ConfigError, SelectionError: as `rewrite`.
         CheckpointError: as `load` or `load_peft`, with a path.
@@ -97,20 +99,20 @@ def adapt(
     """
     graph = None
     if isinstance(model, fx.GraphModule) and cfg is None:
-        graph, model = model, model_of(model)
+        graph, model = model, model_to_adapt(model)
     else:
-        _check_config(cfg)
+        adapters = _path_or_adapters(cfg, model)
     _check_model(model, example_inputs)
     check_calibration(calibration)
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
-    copied = shared_copy(model)
+    copied = shared_copy(model) if graph is None else model  # which is made for this already
     warn_of_replaced_forward(model, forget_replaced_forward(copied))
     if fuse_loss is None:
         fuse_loss = graph is not None and execution_of(graph).fuse_loss
     graphs = GraphCache(copied, example_inputs, max_graphs, verify, fuse_loss)
     if graph is None:
-        graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
+        graphs.start(lambda base, batches: _insert(base, adapters, batches), calibration)
         return _adopted(graphs)
     graphs.start(lambda base, _: share_adapters(graph, base), None)
     graphs.adapters.switches = graph.switches if isinstance(graph, HasSwitches) else Switches()
@@ -119,13 +121,14 @@ def adapt(
     return adopted
 
 
-def _check_config(cfg: Any) -> None:
+def _path_or_adapters(cfg: Any, model: Any) -> Any:
     if not isinstance(cfg, (str, os.PathLike)):
-        as_adapters(cfg)  # None is an error there
-    elif not os.path.exists(cfg):
+        return as_adapters(cfg, model)  # None is an error there
+    if not os.path.exists(cfg):
         raise CheckpointError(
             f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
         )
+    return cfg
 
 
 def _check_model(model: Any, example_inputs: Any) -> None:
@@ -149,12 +152,13 @@ def _check_model(model: Any, example_inputs: Any) -> None:
     refuse_offloading(model)
 
 
-def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:
-    if not isinstance(cfg, (str, os.PathLike)):
-        return rewrite(base, cfg, calibration=calibration)
+def _insert(base: fx.GraphModule, adapters: Any, calibration: Batches | None) -> fx.GraphModule:
+    if not isinstance(adapters, (str, os.PathLike)):
+        insert_new(base, choose_sites(base, adapters, calibration), stacklevel=6)
+        return base
     if calibration is not None:
         raise ConfigError("calibration is for adapters that start; those of a file have started.")
-    return load_any(base, cfg)
+    return load_any(base, adapters)
 
 
 def _adopted(graphs: GraphCache) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors, next_index
-from ..adapters.state import trainable_parameters
+from ..adapters.state import CountsParameters
 from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
 from ..capture.capture_model import Inputs
@@ -44,7 +44,7 @@ from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
 
 
-class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
+class Adapted(SeesMoves, NamedAdapters, CountsParameters, AdaptedPart):
     """The adapted model itself."""
 
     is_whole = True
@@ -226,10 +226,6 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     def extra_repr(self) -> str:
         """Return the lines that `repr` shows before the modules: those of the model, and one for each adapter."""
         return "\n".join(line for line in (super().extra_repr(), *describe_adapters(self)) if line)  # type: ignore
-
-    def print_trainable_parameters(self) -> None:
-        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
-        print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(
         self,

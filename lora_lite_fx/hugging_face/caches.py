@@ -147,17 +147,20 @@ def some_text(length: int, config: Any, device: torch.device) -> tuple[Tensor, T
     return ids.to(device), mask.to(device)
 
 
-def opened(cache: Any, text: Any, layers: Sequence[EmptyLayer], batch: int, device: torch.device) -> Any:
+def opened(cache: Any, config: Any, layers: Sequence[EmptyLayer], batch: int, device: torch.device) -> Any:
     """Return the cache, or a copy whose layers that have seen no token are initialized by an update with none.
 
-    Without a cache, it is a new one for a decoder with the config `text`.
+    Without a cache, it is a new one for the decoder of a model with that config. Caches that were made with and without
+    a config are alike then.
     """
     from transformers.cache_utils import DynamicCache
 
     if cache is None:
-        cache = DynamicCache(config=text)
-    elif len(cache) == len(layers) and all(layer.is_initialized for layer in cache.layers):
-        return cache
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+    elif len(cache.layers) == len(layers) and all(layer.is_initialized for layer in cache.layers):
+        if cache.layer_class_to_replicate is None:
+            return cache
+        layers = ()
     copied = _with_own_layers(cache)
     for index, layer in enumerate(layers):
         if index == len(copied) and copied.layer_class_to_replicate is None:
@@ -165,6 +168,7 @@ def opened(cache: Any, text: Any, layers: Sequence[EmptyLayer], batch: int, devi
         if index >= len(copied) or not copied.layers[index].is_initialized:
             none = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (layer.keys, layer.values))
             copied.update(*none, index)
+    copied.layer_class_to_replicate = None  # of further layers, which there are none: it tells equal caches apart
     return copied
 
 

@@ -60,8 +60,8 @@ CACHES = ("cache", "past_key_values")
 """What releases of transformers call the cache among the arguments of a call."""
 
 # Integer attributes of caches that count tokens; and attributes that a model does not read.
-_COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
-_UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
+COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
+UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
 
 # Constants with a hash: torch.compile of torch 2.12 cannot follow a call of `hash` with some of them.
 _HASHABLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -111,7 +111,7 @@ def disassemble(
         return Constant(type(value), value)
     structures: list[Structure] = []
     for key, part in zip(keys, parts, strict=True):
-        if key in _COUNTERS and isinstance(part, (int, torch.SymInt)):
+        if key in COUNTERS and isinstance(part, (int, torch.SymInt)):
             count = int(part) if isinstance(part, int) else part  # a run that watches sizes has a class of numbers
             equals = counters.setdefault((type(value), key), [])
             structures.append(_counter(count, f"{name}_{key}", leaves, equals))
@@ -140,7 +140,7 @@ def _parts(value: Any) -> tuple[Any, Any]:
         return range(len(value)), value
     opaque = (type, enum.Enum, nn.Module, FunctionType, MethodType)
     if hasattr(value, "__dict__") and not isinstance(value, opaque):
-        state = {key: vars(value)[key] for key in sorted(vars(value).keys() - _UNSEEN)}
+        state = {key: vars(value)[key] for key in sorted(vars(value).keys() - UNSEEN)}
         return tuple(state), tuple(state.values())
     return None, None
 

@@ -16,6 +16,7 @@ from ..capture.capture_model import origin_of
 from ..capture.export import double_batch_of_one, images_in, take_for_one, take_guards
 from ..capture.graph_calls import names_of_results
 from ..capture.inputs.labels import problem_type_of
+from ..capture.model_record import ModelRecord
 from ..capture.process_state.held_answers import held_answers, other_than_held
 from ..capture.quirks.layouts import layouts_in
 from ..execution.adapted_graph_module import AdaptedGraphModule
@@ -129,11 +130,12 @@ def capture_call(
     labels = call.leaves.get("labels")
     for with_autocast in (False, True):
         shadow, decided = copied(), None
+        made_from = ModelRecord.of(shadow)  # before reads are recorded, of which these are none
         if labels is not None and (problem := problem_type_of(shadow.config, labels)):
             shadow.config.problem_type = shadow.config.problem_type or problem
             decided = model.config, problem
         with recorded_reads(shadow) as reads:
-            graph = _capture(shadow, call, example, fixed, verify, fuse_loss, with_autocast)
+            graph = _capture(shadow, made_from, call, example, fixed, verify, fuse_loss, with_autocast)
         if not other_than_held(graph.held):
             break
     if verify:
@@ -144,6 +146,7 @@ def capture_call(
 
 def _capture(
     shadow: Any,
+    made_from: ModelRecord | None,
     call: CapturedCall,
     example: Leaves,
     fixed: Collection[str],
@@ -165,7 +168,15 @@ def _capture(
         if not with_autocast:
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        gm = base_graph(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify, made=True)
+        gm = base_graph(
+            shadow,
+            example,
+            dynamic_shapes=dynamic,
+            fuse_loss=fuse_loss,
+            verify=verify,
+            made=True,
+            made_from=made_from,
+        )
     assert isinstance(gm, AdaptedGraphModule)
     guards, decisions, held = take_guards(gm), decisions_on_inputs(gm), held_answers(gm.graph)
     # A capture may run the model with fewer layers too, which returns fewer caches.

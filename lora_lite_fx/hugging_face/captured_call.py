@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..capture.process_state.held_answers import HeldAnswer, other_default_dtype, other_than_held
 from ..execution.adapted_graph_module import AdaptedGraphModule
+from .cache_states import disassemble_cache, give_states, states_of
 from .caches import cut_windows
-from .call_structure import Leaves, Structure, Tree, assemble, differences, disassemble, restore
+from .call_structure import CACHES, Leaves, Structure, Tree, assemble, differences, disassemble
 from .causal_lm import NormalizedCall, with_loss
 from .config_reads import ConfigValues
 
@@ -38,7 +39,10 @@ class CapturedCall:
         """Return a call of `part`, a model or one of its modules, that is in normal form."""
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
-        parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
+        parts = tuple(
+            (disassemble_cache if name in CACHES else disassemble)(normalized.arguments[name], name, leaves)
+            for name in names
+        )
         return cls(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), leaves)
 
     @property
@@ -86,6 +90,9 @@ class CapturedGraph:
     config: ConfigValues = field(default_factory=ConfigValues)
     last_use: int = 0
 
+    def __post_init__(self) -> None:
+        self.states = {name: states_of(structure) for name, structure in self.given.items()}
+
     def change(self) -> str:
         """Return in words what has changed that the graph was captured under; empty if nothing has."""
         assert self.gm.execution is not None
@@ -122,7 +129,7 @@ class CapturedGraph:
             if name in call.normalized.given:
                 from ..compat.transformers import tell_batch
 
-                given[name] = restore(call.normalized.given[name], structure, leaves)
+                given[name] = give_states(call.normalized.given[name], structure, self.states[name], leaves)
                 tell_batch(given[name])
             else:
                 given[name] = assemble(structure, leaves) if call.normalized.keeps_cache else None

@@ -153,13 +153,12 @@ def normalize_call(
         return as_it_is
     arguments = dict(arguments)
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
-    text = model.config.get_text_config(decoder=True)
     use_cache = arguments.get("use_cache", True)
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
         return as_it_is  # positions that start again mark several texts in one row
     batch, length = tokens.shape[:2]
     keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
-    cache = opened(cache, text, decoder.layers, batch, tokens.device)
+    cache = opened(cache, model.config, decoder.layers, batch, tokens.device)
     arguments |= {CACHE: cache, "use_cache": True}
     if type(cache) is DynamicCache:  # which only appends
         past = cache.get_seq_length()
@@ -179,7 +178,7 @@ def normalize_call(
         and isinstance(keep, int)
         and only_text
     ):
-        arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
+        arguments["logits_to_keep"] = torch.arange(*slice(-keep, None).indices(length)[:2], device=tokens.device)
     loss = None
     if "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..capture.comparable import comparable, revealed, varied
+from ..capture.depth.stacks import built_alike, shortened
 from ..capture.differences import agree
-from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import AdapterError, CaptureError
 from ..graph.calls_and_traces import tracing
@@ -25,6 +25,9 @@ from .caches import BATCH, LENGTH, PAST, Decoder, caches, cut_windows, probe, so
 from .call_structure import Leaves, assemble, disassemble
 from .causal_lm import Form, NormalizedCall, join_mask, normalize_call, with_loss
 from .positions import Counted, count_positions
+
+_MOST_LAYERS = 8
+"""As many layers of a stack are run to try a form: more than the kinds that take turns in a stack."""
 
 Kind = tuple[Any, ...]
 """What calls have in common whose arguments have the same names and types, with or without tokens in a cache."""
@@ -35,10 +38,10 @@ class Forms:
 
     Args:
         model: the adapted model.
-        copied: returns a plain copy of it to be run.
+        copied: returns a plain copy of it to be run, see `ModelAdapters.shadow`.
     """
 
-    def __init__(self, model: Any, copied: Callable[[], Any]) -> None:
+    def __init__(self, model: Any, copied: Callable[..., Any]) -> None:
         self._model = model
         self._copied = copied
         self._known: list[tuple[Kind, Form]] = []
@@ -114,29 +117,45 @@ class Forms:
             "call the model once like this before it is sharded",
         )
         with tracing():
-            model = self._copied()
-            # A run may write to buffers.
-            model = shared_copy(model, [name for name, _ in model.named_buffers()])
+            model = self._copied(own_buffers=True)  # a run may write to them
             model.config.return_dict = True
             plain = model.get_submodule(path_of(part))
             counted.recall(plain)
-            brought = [(each, part.training) for each in (arguments, _with_others(arguments)) if each is not None]
-            for calls in (_small_calls(plain, decoder, arguments, counted), brought):
-                # On what a call brings, padding may be missing, beside which positions could be other ones.
-                may_count = calls is not brought and "position_ids" not in arguments
-                forms: tuple[Form, ...] = (None,) if decoder is None else (True, False, None)[not may_count :]
-                if (equal := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
-                    continue  # the model raises
-                if not equal and counted.positions is not None:
-                    raise CaptureError(
-                        f"{type(part).__name__} computes something else with the positions that its own method returns"
-                        f" for a call with {', '.join(arguments)}. The way out: pass position_ids."
-                    )
-                form = equal[0] if equal else None
-                for call, training in calls:
-                    alike = {**arguments, "use_cache": call["use_cache"]} if "use_cache" in call else arguments
-                    self._known.append((self._kind(part, training, alike, counted, fuses_loss), form))
-                return form
+            # Layers that are built alike take a form alike, so some of them show whether a model does.
+            few_layers = built_alike(model)
+            if decoder is not None and [*few_layers.values()] == [len(decoder.layers)]:
+                decoder = decoder._replace(layers=decoder.layers[:_MOST_LAYERS])
+                few_layers = dict.fromkeys(few_layers, _MOST_LAYERS)
+            with shortened(model, few_layers):
+                return self._first_form(plain, part, decoder, arguments, counted, fuses_loss)
+
+    def _first_form(
+        self,
+        plain: Any,
+        part: Any,
+        decoder: Decoder | None,
+        arguments: dict[str, Any],
+        counted: Counted,
+        fuses_loss: bool,
+    ) -> Form:
+        """Try the forms on a plain copy of the part that is called, and note the first with equal results."""
+        brought = [(each, part.training) for each in (arguments, _with_others(arguments)) if each is not None]
+        for calls in (_small_calls(plain, decoder, arguments, counted), brought):
+            # On what a call brings, padding may be missing, beside which positions could be other ones.
+            may_count = calls is not brought and "position_ids" not in arguments
+            forms: tuple[Form, ...] = (None,) if decoder is None else (True, False, None)[not may_count :]
+            if (equal := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
+                continue  # the model raises
+            if not equal and counted.positions is not None:
+                raise CaptureError(
+                    f"{type(part).__name__} computes something else with the positions that its own method returns"
+                    f" for a call with {', '.join(arguments)}. The way out: pass position_ids."
+                )
+            form = equal[0] if equal else None
+            for call, training in calls:
+                alike = {**arguments, "use_cache": call["use_cache"]} if "use_cache" in call else arguments
+                self._known.append((self._kind(part, training, alike, counted, fuses_loss), form))
+            return form
         return None
 
     def _kind(

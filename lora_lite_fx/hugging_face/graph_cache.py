@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ from ..compat.torch import not_compiled, pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
-from ..graph.calls_and_traces import calling, tracing
+from ..graph.calls_and_traces import calling, collection_put_off, tracing
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import tensor_of
 from ..log import logger
 from ..passes import Pipeline, RemoveAdapters
 from ..rewriting.choose_sites import Batches, choose_sites
 from ..rewriting.rewrite import insert_new, insert_placed
+from ..sites.finding import find_sites
 from .around_parts import has_parts, run_around_parts, try_around_parts
 from .caches import refuse_exports_with_static_cache
 from .call_structure import Leaves
@@ -151,6 +153,7 @@ class GraphCache:
         return None, reason
 
     @not_compiled
+    @collection_put_off()
     def _captured_now(self, call: CapturedCall) -> CapturedGraph:
         with tracing():
             graph, reason = self._find(call)  # another thread may have captured it
@@ -226,6 +229,7 @@ class GraphCache:
     ) -> None:
         """Capture the first graph, insert adapters into it, and register their tensors in the model."""
         graph = without_what_cannot_be(self.model, self.example_inputs, self._first_graph)
+        self.adapters.sites = {site.name: replace(site, calls=()) for site in find_sites(graph.gm)}
         adapted = insert(graph.gm, self._batches(calibration))
         assert isinstance(adapted, AdaptedGraphModule)
         graph.gm = adapted

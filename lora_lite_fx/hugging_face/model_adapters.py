@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +55,6 @@ class ModelAdapters:
         self._owned.clear()  # the buffers that calls change are those of this graph, which a file may have brought
         self.bind(gm)
         self.placements = placements(gm)
-        self.sites = {site.name: replace(site, calls=()) for site in find_sites(gm)}
 
     def insert_into(self, base: fx.GraphModule) -> None:
         """Insert the adapters into another graph of the model, over the tensors of the model."""
@@ -126,9 +124,13 @@ class ModelAdapters:
                 register_tensor(gm, name, of_model)
         add_flagged_modules(self.model, gm.graph)  # of adapters at what the model has no module for
 
-    def plain_model(self) -> Any:
-        """Return a copy of the model without adapters, of its own class, over the same weights."""
-        copied = shared_copy(self.model)
+    def plain_model(self, own_buffers: bool = False) -> Any:
+        """Return a copy of the model without adapters, of its own class, over the same weights.
+
+        Args:
+            own_buffers: whether it gets copies of the buffers.
+        """
+        copied = shared_copy(self.model, [name for name, _ in self.model.named_buffers()] if own_buffers else ())
         for name in (name for placement in self.placements for name in placement.tensors.values()):
             if has_attribute(copied, name):  # some are shared by several sites, as are modules
                 delete_tensor(copied, name)
@@ -143,8 +145,11 @@ class ModelAdapters:
         forget_replaced_forward(copied)
         return copied
 
-    def shadow(self) -> Any:
+    def shadow(self, own_buffers: bool = False) -> Any:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls.
+
+        Args:
+            own_buffers: as for `plain_model`.
 
         Raises:
             AdapterError: a transform of `torch.func` or a trace of `torch.jit` runs, which would run the copy too.
@@ -155,7 +160,7 @@ class ModelAdapters:
                 f" graph can be captured inside {transform}. The way out: call the model once like this before, outside"
                 f" of {transform}; torch.no_grad() is enough."
             )
-        copied = self.plain_model()
+        copied = self.plain_model(own_buffers)
         take_hooks_off(copied)
         forget_positions(copied)
         return copied

@@ -9,15 +9,14 @@ from typing import Any
 
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.named_configs import check_free, check_name
-from ..adapters.placement import adapter_names
-from ..adapters.switches import active, scaled
-from ..errors import CheckpointError, ConfigError, is_instance_of
+from ..adapters.placement import adapter_names, adapter_tensor_names
+from ..adapters.switches import active, let_train, scaled, set_adapter
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..formats.any_file import load_any
-from ..formats.peft.read_adapter import from_peft_config
 from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.named import act_as_before, acting_now, add, delete
-from ..rewriting.rewrite import remove
+from ..rewriting.rewrite import merge, remove
 
 
 class NamedAdapters:
@@ -26,7 +25,7 @@ class NamedAdapters:
     _acted: tuple[str, ...] | None = None  # before `disable_adapters`
 
     def set_adapter(self: Any, adapter_name: str | Sequence[str]) -> None:
-        """Let these adapters act, and no others, as `active` does.
+        """Let these adapters act and train, and no others, as `llfx.set_adapter` does.
 
         Args:
             adapter_name: one name, or several.
@@ -34,7 +33,7 @@ class NamedAdapters:
         Raises:
             ConfigError: the model has no adapter of such a name.
         """
-        active(self, adapter_name)
+        set_adapter(self, adapter_name)
 
     def active_adapters(self: Any) -> list[str]:
         """Return the names of the adapters that act."""
@@ -64,7 +63,7 @@ class NamedAdapters:
 
     @outside_inference_mode()
     def add_adapter(self: Any, adapter_config: Any, adapter_name: str = DEFAULT) -> None:
-        """Add an adapter, which acts from now on as transformers' and PEFT's does, and no other.
+        """Add an adapter, which acts and trains from now on, and no other, as transformers' does.
 
         Args:
             adapter_config: a variant, several, or a config of PEFT. Swapped arguments, as PEFT's models take them, are
@@ -76,10 +75,8 @@ class NamedAdapters:
         """
         if isinstance(adapter_config, str):
             adapter_config, adapter_name = adapter_name, adapter_config
-        if is_instance_of(adapter_config, "peft", "PeftConfigMixin"):
-            adapter_config = from_peft_config(adapter_config)
         add(self, {adapter_name: adapter_config})
-        active(self, adapter_name)
+        set_adapter(self, adapter_name)
 
     @outside_inference_mode()
     def load_adapter(
@@ -87,15 +84,17 @@ class NamedAdapters:
         peft_model_id: str | os.PathLike[str],
         adapter_name: str = DEFAULT,
         *,
+        is_trainable: bool = False,
         revision: str | None = None,
         subfolder: str = "",
     ) -> None:
-        """Load the adapter of a directory or file under a name; `set_adapter` lets it act.
+        """Load the adapter of a directory or file under a name; `set_adapter` lets it act and train.
 
         Args:
             peft_model_id: a file that `save` wrote, a directory that PEFT, `save_peft` or `save_pretrained` wrote, or
                 the "owner/name" of a repository on the Hub.
             adapter_name: its name in the model.
+            is_trainable: whether its parameters require gradients, as PEFT has it, from the start.
             revision, subfolder: as for `load_peft`.
 
         Raises:
@@ -108,6 +107,7 @@ class NamedAdapters:
         loaded = load_any(remove(first).eval(), peft_model_id, revision=revision, subfolder=subfolder)
         check_same_buffers(self, moved_buffers(loaded), peft_model_id, CheckpointError)
         self.insert_from(loaded, adapter_name)
+        let_train(self, adapter_tensor_names(self, adapter_name), is_trainable)
         act_as_before(self, acting)
 
     def delete_adapter(self: Any, adapter_name: str | Sequence[str]) -> None:
@@ -120,10 +120,43 @@ class NamedAdapters:
 
     delete_adapters = delete_adapter
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Raise AdapterError, because PEFT's kinds of sums are others; the message names `combine`."""
+        raise AdapterError(
+            "An adapted model has no add_weighted_adapter. llfx.combine(model, {name: weight, ...}, name) adds a sum of"
+            " adapters."
+        )
+
+    def merge_and_unload(
+        self: Any,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Return a model of the plain class with adapters folded in, as `llfx.merge` does; this one stays as it is.
+
+        Args:
+            progressbar: of PEFT; nothing is shown.
+            safe_merge: of PEFT; values that are not finite are refused whatever it says.
+            adapter_names: the adapters to fold; None for those that act.
+
+        Raises:
+            ConfigError: the model has no adapter of such a name.
+            AdapterError: as `merge`.
+        """
+        with active(self, self.active_adapters() if adapter_names is None else adapter_names):
+            return merge(self)
+
+    def unload(self: Any) -> Any:
+        """Return the model without adapters, as `llfx.remove` does; this one stays as it is."""
+        return remove(self)
+
+    get_base_model = unload
+
     def set_adapters(
         self: Any, adapter_names: str | Sequence[str], weights: float | Sequence[float] | None = None
     ) -> None:
-        """Let these adapters act together, each by its weight, as diffusers asks for.
+        """Let these adapters act and train together, each by its weight, as diffusers asks for.
 
         Args:
             adapter_names: one name, or several.
@@ -136,6 +169,6 @@ class NamedAdapters:
         factors = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
         if len(factors) != len(names):
             raise ConfigError(f"There are {len(names)} adapters and {len(factors)} weights.")
-        active(self, names)
+        set_adapter(self, names)
         if weights is not None:
             scaled(self, dict(zip(names, factors, strict=True)))

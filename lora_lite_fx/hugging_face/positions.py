@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..compat.torch_modules import children_of
+
 _METHOD = "compute_3d_position_ids"
 _REMEMBERED = "rope_deltas"
 """The attribute in which models remember how much further positions are than the number of tokens."""
@@ -60,8 +62,8 @@ def _parameters(kind: Any) -> tuple[str, ...]:
 
 def _owner(part: Any) -> Any:
     """Return the model that has the method: this one, or the one without its head; None if neither has it."""
-    inner = getattr(part, "model", None)
-    return next((model for model in (inner, part) if hasattr(model, _METHOD)), None)
+    inner = children_of(part).get("model")
+    return next((model for model in (inner, part) if hasattr(type(model), _METHOD)), None)
 
 
 def forget_positions(model: nn.Module) -> None:

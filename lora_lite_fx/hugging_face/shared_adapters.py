@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from typing import Any
+
+from torch import fx
 
 from ..adapters.changed_buffers import HasBaseBuffers, base_buffers_of
 from ..adapters.placement import placements
 from ..capture.origins.wrong_arguments import graph_hint
 from ..errors import AdapterError
-from ..execution.optimize import execution_of
 from ..graph.tensors import has_attribute, register_tensor, tensor_of
+from ..rewriting.model_of_graph import model_of_graph
 from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites
 
@@ -49,20 +51,17 @@ def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
     return base
 
 
-def model_of(gm: fx.GraphModule) -> nn.Module:
-    """Return the Hugging Face model that a rewritten graph was captured from.
+def model_to_adapt(gm: fx.GraphModule) -> Any:
+    """Return the model that a rewritten graph was captured from, a copy over the tensors of the graph.
 
     Raises:
-        AdapterError: the graph has no adapters, or the model does not exist any more.
+        AdapterError: the graph has no adapters; or it does not remember its model, or lacks weights of it.
     """
     if not placements(gm):
         raise AdapterError(f"adapt takes a graph that has adapters, or a model and a config.{graph_hint(gm)}")
-    source = execution_of(gm).source
-    model = None if source is None else source()
-    if model is None:
-        raise AdapterError(
-            "adapt needs the model that the graph was captured from, and it does not exist any more, or the graph comes"
-            " from a file. The way out: keep the model; or chat = adapt(model, cfg), and then"
-            " load_adapter_state_dict(chat, adapter_state_dict(graph))."
-        )
+    way_out = "llfx.save(graph, 'adapter.safetensors'), and llfx.adapt(model, 'adapter.safetensors')"
+    model, _ = model_of_graph(gm, "adapt", way_out)
+    for name, base in base_buffers_of(gm).items():  # whose copies in the graph belong to the adapters
+        if base is not None and has_attribute(model, name):
+            register_tensor(model, name, base.to(tensor_of(model, name)).detach())
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.comparable import comparable, revealed
+from ..capture.depth.stacks import built_alike, shortened
 from ..capture.differences import agree
 from ..capture.shared_copy import shared_copy
 from .call_structure import CACHES, Leaves
@@ -21,11 +22,12 @@ def warn_of_writes(model: nn.Module, leaves: Leaves, training: bool) -> None:
     """Warn if a call leaves a value in a module or in a config that depends on the values of its arguments.
 
     One that depends on their sizes alone saves time and nothing else, as a table of positions that grew. `model` is a
-    copy that takes the leaves of the call.
+    copy that takes the leaves of the call. One layer of a stack shows what all do that are built alike.
     """
-    if not (written := _written(model, leaves, training)):
-        return
-    of_others = _written(model, {name: _other(name, leaf) for name, leaf in leaves.items()}, training)
+    with shortened(model, dict.fromkeys(built_alike(model), 1)):
+        if not (written := _written(model, leaves, training)):
+            return
+        of_others = _written(model, {name: _other(name, leaf) for name, leaf in leaves.items()}, training)
     for (where, name), value in written.items():
         if name != "problem_type" and not agree(of_others.get((where, name), value), value):
             warnings.warn(

@@ -66,9 +66,8 @@ def add_product(
     if not in_place:
         total = (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
         return total if scale is None else total * scale
-    if total.dtype is not left.dtype and scale is not None:
-        wide = left @ right
-        return total.copy_(torch.add(total, wide, alpha=alpha, out=wide).mul_(scale))  # rounded once
+    if total.dtype is not left.dtype:
+        return _add_wider_product(total, left, right, alpha, scale)
     if not adds_in_one_call(total, left):
         total.add_(left @ right, alpha=alpha)
     elif of_rows:
@@ -76,6 +75,24 @@ def add_product(
     else:
         total.addmm_(left, right, alpha=alpha)
     return total if scale is None else total.mul_(scale)
+
+
+_ROWS = 128
+"""The rows of a sum that a processor casts at once, so that the wider values stay in its cache."""
+
+
+def _add_wider_product(total: Tensor, left: Tensor, right: Tensor, alpha: float, scale: Tensor | None) -> Tensor:
+    """Add a product that is wider than the sum, which is rounded once.
+
+    To add a wider tensor in place takes a processor longer than the product of the site.
+    """
+    if right.dim() == 3:
+        return total.copy_(add_product(total.to(left.dtype), left, right, alpha, scale=scale))
+    rows, narrow = as_rows(total), as_rows(left)
+    count = _ROWS if total.device.type == "cpu" else max(len(rows), 1)
+    for part, columns in zip(rows.split(count), narrow.split(count), strict=True):
+        part.copy_(add_product(part.to(left.dtype), columns, right, alpha, scale=scale))
+    return total
 
 
 def adds_in_one_call(total: Tensor, left: Tensor) -> bool:

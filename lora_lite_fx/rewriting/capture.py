@@ -16,6 +16,7 @@ from ..adapters.state import adapter_tensors
 from ..capture.capture_model import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import follows_each_part, require_equal
 from ..capture.graph_calls import call_like_the_model
+from ..capture.model_record import ModelRecord
 from ..capture.origins.hooks import check_hooks
 from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..capture.origins.wrong_arguments import check_model
@@ -128,11 +129,13 @@ def base_graph(
     fuse_loss: bool | None = None,
     verify: bool = True,
     made: bool = False,
+    made_from: ModelRecord | None = None,
 ) -> fx.GraphModule:
     """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it.
 
     Args:
         made: whether the example inputs are not the user's, so that it is no mistake of theirs if the model raises.
+        made_from: what the graph remembers, if `model` is not the model to remember.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
     check_model(module)
@@ -145,7 +148,8 @@ def base_graph(
     def attempt(without: Sequence[str]) -> fx.GraphModule:
         with torch.enable_grad():  # which a model may ask; it is compared without gradients
             captured = capture_model(module, example_inputs, dynamic_shapes, adapter_names, without, made)
-        return _graph_of(module, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
+        made_inputs = made or example_inputs is None
+        return _graph_of(module, captured, checkpoint_layers, fuse_loss, verify, made_inputs, made_from)
 
     with state_put_back(module):  # runs and traces may change what the user's classes and files hold
         return without_what_cannot_be(module, example_inputs, attempt)
@@ -158,6 +162,7 @@ def _graph_of(
     fuse_loss: bool | None,
     verify: bool,
     made: bool,
+    made_from: ModelRecord | None,
 ) -> fx.GraphModule:
     """Return a captured model as one graph for both modes, with what it runs by; compared with the model."""
     plain = Pipeline((InlineRegions(), DropMetadataAsserts(), DropEmptyParts()))
@@ -173,10 +178,10 @@ def _graph_of(
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
     if fuse_loss is not None:
         execution = replace(execution, fuse_loss=fuse_loss)
-    if captured.source is not None and captured.reference is not None:  # else `model` is a graph, and has these
+    if captured.source is not None:  # else `model` is a graph, and has these
         execution = replace(
             execution,
-            source=captured.reference,
+            made_from=made_from or ModelRecord.of(model),
             save_as_model=save_as_model if is_hugging_face(model) or is_diffusers(model) else None,
             held=captured.held,
             absent=absent_tensors(captured.source),

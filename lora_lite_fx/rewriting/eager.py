@@ -16,7 +16,6 @@ from ..capture.origins.transformers_model import leave_out_clamps
 from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, ConfigError
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.optimize import execution_of
 from ..graph.insertion import inner_name, is_inserted
 from ..graph.replacing import replace_modules
 from ..graph.tensors import outside_inference_mode
@@ -31,6 +30,7 @@ from ..storage.dequantized import DequantizedLinear
 from .adapted_linear import AdaptedLinear
 from .capture import base_graph
 from .choose_sites import Batches, check_calibration, choose_sites
+from .model_of_graph import model_of_graph
 
 
 @outside_inference_mode()
@@ -47,7 +47,7 @@ def wrap(
     graph, and a debugger can step through it. The sites are those of `rewrite`, so the model is captured once.
 
     Args:
-        model: the model, which is not changed; or the graph that `capture` made of it, as long as the model exists.
+        model: the model, which is not changed; or the graph that `capture` made of it.
         cfg: as for `rewrite`.
         example_inputs: as for `rewrite`.
         calibration: as for `rewrite`.
@@ -60,7 +60,7 @@ def wrap(
             or a module does more than multiply.
         SelectionError, CaptureError: as `rewrite`.
     """
-    adapters = as_adapters(cfg)
+    adapters = as_adapters(cfg, model)
     check_calibration(calibration)
     gm = base_graph(model, example_inputs)
     if isinstance(model, fx.GraphModule):
@@ -199,10 +199,8 @@ def _source_of(graph: fx.GraphModule) -> nn.Module:
         )
     if not isinstance(graph, AdaptedGraphModule):
         return graph
-    source = execution_of(graph).source()
-    if source is None:
-        raise AdapterError("wrap needs the model that the graph was captured from, and it does not exist any more.")
-    return source
+    model: nn.Module = model_of_graph(graph, "wrap", "wrap(model, cfg)")[0]
+    return model
 
 
 _ROWS = frozenset({"view", "reshape", "flatten", "unflatten", "contiguous"})

@@ -167,7 +167,7 @@ def _end_ties(model: Any) -> None:
     A config ties all that a class ties, or nothing. So the other pairs become equal tensors: of tied ones a file has
     one, and a model that ties nothing would miss the other.
     """
-    if hasattr(model.config, "tie_word_embeddings"):
+    if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
         model.config.tie_word_embeddings = False
     pairs = getattr(model, "all_tied_weights_keys", {})
     for tied, source in pairs.items():
@@ -184,7 +184,7 @@ def tell_config(model: Any, dense: Sequence[str] = ()) -> None:
         model: a copy that has stand-ins for its quantized modules.
         dense: the names of the modules that were quantized and have dense weights now.
     """
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return
     if not _holds_quantized(model):

@@ -12,11 +12,10 @@ from dataclasses import replace
 
 from torch import Tensor, fx, nn
 
-from ..adapters.named_configs import as_adapters, check_free
+from ..adapters.named_configs import AdapterConfig, as_adapters, check_free
 from ..adapters.placement import HasGraphs, Placement, adapter_names, adapter_tensor_names, next_index, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
-from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
@@ -29,9 +28,7 @@ from .rewrite import insert_new, insert_placed
 
 
 @outside_inference_mode()
-def add(
-    model: nn.Module, adapters: Mapping[str, Variant | Sequence[Variant]], *, calibration: Batches | None = None
-) -> None:
+def add(model: nn.Module, adapters: Mapping[str, AdapterConfig], *, calibration: Batches | None = None) -> None:
     """Add named adapters to a model, in place: `add(gm, {"it": LoRA(r=8)})`.
 
     What the model computes stays: the new adapters act when `active` names them. Its other tensors are the same objects
@@ -49,7 +46,7 @@ def add(
     """
     if not isinstance(adapters, Mapping):
         raise ConfigError(f"add takes adapters by name, as in add(model, {{'it': LoRA(r=8)}}), not {shown(adapters)}.")
-    chosen = as_adapters(adapters)
+    chosen = as_adapters(adapters, model)
     check_calibration(calibration)
     check_free(adapters, adapter_names(model) if isinstance(model, nn.Module) else [])
     if not isinstance(model, (HasGraphs, AdaptedGraphModule)):

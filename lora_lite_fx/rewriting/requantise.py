@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError
 from ..execution.optimize import execution_of
 from ..sites.finding import find_sites
@@ -19,24 +18,19 @@ class Requantised:
     """The quantized sites of a graph, and the errors of those that have been quantized again.
 
     Args:
-        gm: a graph, as long as the quantized model exists that it was captured from.
+        gm: a graph of a quantized model.
 
     Attributes:
         by_site: for each quantized site a function that makes the tensors to store a weight in.
         errors: how far the stored weights are from the exact ones, by site, see `error_of`.
 
     Raises:
-        AdapterError: the model is not known any more, or no site is quantized.
+        AdapterError: no site is quantized, or the graph does not remember the modules that are.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        source = execution_of(gm).source()
-        if source is None:
-            raise AdapterError(
-                "merge(requantise=True) asks the modules of the quantized model how to quantize, and the model that the"
-                " graph was captured from does not exist any more. The way out: keep it, or merge without requantise."
-            )
-        modules = stand_ins(shared_copy(source))
+        made_from = execution_of(gm).made_from
+        modules = {} if made_from is None else stand_ins(made_from.skeleton)
         owners = {site.name: site.weight.rpartition(".")[0] for site in find_sites(gm)}
         self.errors: dict[str, float] = {}
         self.by_site: dict[str, Callable[[Tensor], Mapping[str, Tensor]]] = {

@@ -65,7 +65,7 @@ def rewrite(
             first at sites they share. The first adapters stay trainable, and the new graph has copies of them.
         cfg: a variant; several to insert in this order; or a dict that names adapters,
             `{"fr": LoRA(r=8), "de": [LoRA(r=8), IA3()]}`. Without a name an adapter is `"default"`. All act, until
-            `active` says which.
+            `active` says which. A config of PEFT may stand in the place of a variant, see `from_peft_config`.
         example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without them, a Hugging
             Face model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache),
             and any other module by symbolic tracing.
@@ -98,7 +98,7 @@ def rewrite(
         SelectionError: a config's targets match no site.
         ConfigError: `cfg` is not a variant, or does not fit a site; or `memory` is not one of its values.
     """
-    adapters = as_adapters(cfg)
+    adapters = as_adapters(cfg, model)
     check_calibration(calibration)
     if memory is not None:
         check_memory(memory, bool(checkpoint_layers))

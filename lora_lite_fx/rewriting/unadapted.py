@@ -19,7 +19,6 @@ from ..adapters.patterns import occurs
 from ..adapters.placement import placements
 from ..adapters.selection import would_select
 from ..adapters.variant import Variant
-from ..capture.origins.origin import ModelReference
 from ..errors import ConfigError
 from ..execution.optimize import execution_of
 from ..graph.tensors import tensor_of
@@ -88,8 +87,8 @@ def find_unadapted(
         adapted: the names of the sites with an adapter.
         variants: the configs; without one, default targets are meant.
     """
-    source = execution_of(gm).source
-    new = source.new_head if isinstance(source, ModelReference) else ()
+    made_from = execution_of(gm).made_from
+    new = made_from.new_head if made_from is not None else ()
 
     def included(site: Site, roles: Iterable[str], in_layers: bool = True) -> bool:
         asked = variants if in_layers else [replace(variant, layers=None) for variant in variants]

@@ -35,6 +35,7 @@ _EMBEDDINGS = {"embedding", "embeddingbag"}
 _GATHERS = {"index", "index_select", "gather", "getitem"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _COMPLEX = "its numbers are complex, and adapters are made of real ones"
+_AS_IT_IS = "gm.get_parameter(name).requires_grad_() after rewrite trains its weights as they are"
 _EXAMPLES = "with example_inputs torch.export looks into it"
 
 
@@ -137,7 +138,7 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
     if name in GROUPED:
         return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
     if name in _RECURRENT:
-        return _Use(node, weights, f"{name} multiplies inside one operation")
+        return _Use(node, weights, f"{name} multiplies inside one operation; {_AS_IT_IS}")
     if isinstance(node.target, (OpOverload, str)) or _is_plain(node):
         return None
     called = getattr(node.target, "__name__", str(node.target))
@@ -164,6 +165,8 @@ def _use_of_module(gm: fx.GraphModule, node: fx.Node) -> _Use | None:
     if is_composed or not type(module).__module__.startswith("torch.nn."):
         return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
     kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else Linear()
+    if name in _RECURRENT:
+        return _Use(node, weights, f"{called} is not a kind of site; {_AS_IT_IS}")
     is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d") and _is_hooked(module)
     return _Use(node, weights, "a hook stands on the module" if is_site else f"{called} is not a kind of site", kind)
 

@@ -23,7 +23,8 @@ def ids_input(graph: fx.Graph) -> fx.Node:
     """
     present = find_ids(graph)
     if present is not None:
-        if not any(insertion.fields.get("slots") for insertion in insertions(graph)) and not present.meta.get(IDS):
+        # To look through all records takes long, and each site asks.
+        if not present.meta.get(IDS) and not any(insertion.fields.get("slots") for insertion in insertions(graph)):
             raise ConfigError(f"The model has an input {IDS!r}, and a bank needs that name for its own.")
         return present
     beside = next(

@@ -214,10 +214,12 @@ class ModesDiffer(Exception):
     """A graph runs other operations in training than in evaluation, from `node` on."""
 
     def __init__(self, node: fx.Node) -> None:
+        is_exported = any("val" in each.meta for each in node.graph.find_nodes(op="placeholder"))
+        examples = "" if is_exported else "pass example_inputs, so that torch.export captures both modes; or "
         super().__init__(
             f"The model runs other operations in training than in evaluation, from `{node.format_node()}`"
-            f"{line_of(node)} on. One graph cannot follow both. The way out: switch off what draws random decisions in"
-            " training (layerdrop, jitter, SpecAugment) or what branches on self.training, or"
+            f"{line_of(node)} on. One graph cannot follow both. The way out: {examples}switch off what draws random"
+            f" decisions in training (layerdrop, jitter, SpecAugment) or what branches on self.training, or"
             f" {COMPILE_INSTEAD}."
         )
         self.node = node

@@ -26,7 +26,7 @@ from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
 from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
-from ..pipeline import Declined, GraphPass, Outcome
+from ..pipeline import Declined, GraphPass, Outcome, Program
 
 aten = torch.ops.aten
 
@@ -41,12 +41,16 @@ class GatherProducts(GraphPass):
     a write in place or a change of the mode of autograd or autocast. `LowRankProducts` falls back to the plain products
     where an addition in place would not do the same.
 
+    Where the adapter is wider than the base, as float32 beside bfloat16, the operation casts the input itself, and
+    saves it as narrow as it is. The sum is rounded once, as before.
+
     Fold in DoRA's per-row scale too, unless the result may be overwritten later. Its gradient needs the result, which
     the base usually saves anyway.
+
+    In inference nothing is saved and one token waits for calls, so that the plain operators are quicker there.
     """
 
-    casts: ClassVar[bool] = False
-    """Whether the products are those whose input was cast."""
+    programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
 
     def run(self, gm: fx.GraphModule) -> Outcome:
         edits = 0
@@ -55,7 +59,7 @@ class GatherProducts(GraphPass):
         rows = _rows(gm, work)
         known = set(work)
         for product in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if not is_product(product) or (before_cast(product.args[0]) is not product.args[0]) is not self.casts:
+            if not is_product(product):
                 continue
             sums = _sums(gm, product, rows)
             if not isinstance(sums, str):

@@ -58,6 +58,24 @@ class Noisy(Net):
         return super().forward(x + torch.randn_like(x) if self.training else x)
 
 
+class NoisyPart(Net):
+    """A net with noise in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Noise()
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.part(x))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + torch.randn_like(x)
+        return x
+
+
 class LayerDrop(Net):
     def forward(self, x: Tensor) -> Any:
         if self.training and random.random() < 1.1:
@@ -216,8 +234,13 @@ def test_a_model_that_is_not_a_module_is_refused() -> None:
         ),
         (Counts, None, ["symbolic tracing", "int(x.argmax())", "pass example_inputs"]),
         (Counts, (X,), ["torch.export", "int(x.argm", "The way out"]),
-        (Noisy, None, ["other operations in training", "randn_like", "The way out"]),
-        (Jitter, None, ["draws numbers of torch in its forward", "torch.rand_like(x)"]),
+        (
+            Noisy,
+            None,
+            ["other operations in training", f"{HERE}", "if self.training else x", "The way out: pass example_inputs"],
+        ),
+        (NoisyPart, None, [f"{HERE}", "x = x + torch.randn_like(x)", "The way out: pass example_inputs"]),
+        (Jitter, None, ["draws numbers of torch in its forward", "torch.rand_like(x)", "pass example_inputs"]),
         (LayerDrop, None, ["draws numbers of random in its forward", "layerdrop", "self.training"]),
         (LayerDrop, (X,), ["draws numbers of random in its forward", "layerdrop", "self.training"]),
     ],

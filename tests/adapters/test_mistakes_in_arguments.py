@@ -182,8 +182,8 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.load_peft(model(), "not/here/adapter"),
         llfx.CheckpointError,
-        "not/here/adapter is not a directory: nothing is there. A repository on the Hugging Face Hub is named"
-        " owner/name.",
+        "not/here/adapter: nothing is there, neither a file nor a directory. A repository on the Hugging Face Hub is"
+        " named owner/name.",
     ),
 ]
 

@@ -34,12 +34,7 @@ MISTAKES: list[Mistake] = [
         A_VARIANT + "'peft'. It is a folder: llfx.load_peft(model, 'peft') loads the adapter of a PEFT directory.",
     ),
     (
-        lambda: anything.rewrite(plain(), PEFT_CFG),
-        llfx.ConfigError,
-        A_VARIANT + "a LoraConfig. It is a config of PEFT: pass llfx.from_peft_config(cfg).",
-    ),
-    (
-        lambda: anything.wrap(plain(), [CFG, PEFT_CFG]),
+        lambda: anything.Bank(PEFT_CFG, 4),
         llfx.ConfigError,
         A_VARIANT + "a LoraConfig. It is a config of PEFT: pass llfx.from_peft_config(cfg).",
     ),

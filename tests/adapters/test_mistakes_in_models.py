@@ -260,8 +260,33 @@ MISTAKES: list[Mistake] = [
     (
         lambda: graph().set_adapter("fr"),
         AttributeError,
-        "A rewritten graph has no set_adapter. llfx.active(graph, name) lets one adapter act.",
+        "A rewritten graph has no set_adapter. llfx.set_adapter(graph, name) lets one adapter act and train.",
     ),
+    (
+        lambda: graph().get_base_model(),
+        AttributeError,
+        "A rewritten graph has no get_base_model. llfx.remove(graph) returns the model without its adapters.",
+    ),
+    (
+        lambda: chat().add_weighted_adapter(["default"], [1.0], "sum"),
+        llfx.AdapterError,
+        "An adapted model has no add_weighted_adapter. llfx.combine(model, {name: weight, ...}, name) adds a sum of"
+        " adapters.",
+    ),
+    # Functions of PEFT that the package does not have.
+    (
+        lambda: anything.get_peft_model(plain(), CFG),
+        AttributeError,
+        "module 'lora_lite_fx' has no attribute 'get_peft_model'. llfx.adapt(model, cfg) returns a model of the same"
+        " class, llfx.rewrite(model, cfg) a graph.",
+    ),
+    (
+        lambda: anything.LoraConfig(r=8),
+        AttributeError,
+        "module 'lora_lite_fx' has no attribute 'LoraConfig'. A config is named as its method, llfx.LoRA(r=8); adapt and"
+        " rewrite take PEFT's own, too.",
+    ),
+    (lambda: anything.nonsense, AttributeError, "module 'lora_lite_fx' has no attribute 'nonsense'"),
     (lambda: graph().nonsense, AttributeError, "'GraphModule' object has no attribute 'nonsense'"),
 ]
 

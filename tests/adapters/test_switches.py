@@ -271,6 +271,29 @@ def test_each_scope_takes_back_its_own_change_alone() -> None:
     assert gm.switches.acting is None
 
 
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+def test_the_adapter_that_is_set_acts_and_trains_alone(adapt: Callable[[nn.Module, Any], Any]) -> None:
+    model = adapt(double_net(GatedMLP), SPEC)
+    fill(model)
+    everything = llfx.adapter_parameters(model)
+    x = ids(3, 6)
+    for name in ("fr", "de"):
+        with llfx.active(model, name):
+            expected = model(x)
+        llfx.set_adapter(model, name)
+        assert torch.equal(model(x), expected)
+        alone = llfx.adapter_parameters(model)
+        model(x).square().sum().backward()
+        assert {id(one) for one in everything if one.grad is not None} == {id(one) for one in alone}
+        assert all(one.grad.any() for one in alone if one.grad is not None)
+        model.zero_grad(set_to_none=True)
+    llfx.set_adapter(model, ["fr", "de"])
+    assert list(map(id, llfx.adapter_parameters(model))) == list(map(id, everything))
+    with pytest.raises(llfx.ConfigError, match="no adapter 'it'"):
+        llfx.set_adapter(model, "it")
+    assert list(map(id, llfx.adapter_parameters(model))) == list(map(id, everything))
+
+
 @pytest.mark.broad
 def test_switching_compiles_once_for_each_set_and_never_for_a_coefficient() -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))

@@ -79,6 +79,13 @@ def test_a_file_is_loaded_without_a_graph(name: str, way: str, tmp_path: Path) -
         assert torch.equal(value[[0, 2]], before[key][[0, 2]])
 
 
+def test_a_path_at_which_nothing_is_says_so(tmp_path: Path) -> None:
+    gm, _ = banked(LORA)
+    for name, message in (("fr.safetensors", "is not a file: nothing is there"), ("fr", "nothing is there, neither a")):
+        with pytest.raises(llfx.CheckpointError, match=message):
+            llfx.load_slot(gm, 1, tmp_path / name)
+
+
 @pytest.mark.broad
 def test_a_slot_is_saved_without_a_graph_as_the_adapter_alone(tmp_path: Path) -> None:
     for cfg in (LORA, llfx.DoRA(r=2, **EVERYWHERE)):

@@ -220,7 +220,11 @@ def test_a_file_that_is_none_or_damaged_is_refused(program: Swappable, tmp_path:
     foreign = tmp_path / "foreign"
     safetensors.torch.save_file(state, foreign)
     whole = path.read_bytes()
-    for bad, message in ((foreign, "not written by llfx.save"), (tmp_path / "none", "cannot be read")):
+    for bad, message in (
+        (foreign, "not written by llfx.save"),
+        (tmp_path / "none", "none is missing"),
+        (tmp_path, "is a folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             program.load("bad", bad)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -272,13 +272,20 @@ def test_a_result_that_comes_out_of_a_dropout() -> None:
         close(llfx.export(gm, example).module()(input=x), gm(x))
 
 
+def test_positional_inputs_get_the_names_of_forward() -> None:
+    gm = adapted()
+    check(llfx.export(gm, (EXAMPLE["ids"],)), gm)
+    with pytest.raises(llfx.ConfigError, match=r"inputs does not fit .*\.forward: too many positional arguments"):
+        llfx.export(gm, (EXAMPLE["ids"], EXAMPLE["ids"]))
+
+
 def test_bad_arguments() -> None:
     gm = adapted()
     with pytest.raises(llfx.CallError, match="more is not an argument that this graph has"):
         llfx.export(gm, {**EXAMPLE, "more": ids(2, 5)})
     with pytest.raises(llfx.CallError, match="ids"):
         llfx.export(gm, {})
-    for inputs in ((ids(2, 5),), {"ids": 3}, ids(2, 5)):
+    for inputs in ({"ids": 3}, ids(2, 5), [ids(2, 5)], (3,)):
         with pytest.raises(llfx.ConfigError, match=r"a dict of the model's arguments, \{'ids': tensor\}"):
             llfx.export(gm, inputs)  # type: ignore[arg-type]
     for model in ("model", None):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -129,7 +129,8 @@ def test_the_file_holds_what_acts_or_the_adapter_of_a_name(served: Any, tmp_path
     _, graph, base = served("llama")
     gm = adapted(graph, {"fr": llfx.LoRA(r=4, **EVERYWHERE), "it": llfx.LoRA(r=2, alpha=5, target_roles=("value",))})
     files = [tmp_path / "both.gguf", tmp_path / "it.gguf", tmp_path / "scaled.gguf", tmp_path / "fr.gguf"]
-    llfx.save_gguf(gm, files[0])
+    with pytest.warns(UserWarning, match=r"writes the sum of the adapters that act, fr, it, as one"):
+        llfx.save_gguf(gm, files[0])
     llfx.save_gguf(gm, files[1], adapter="it")
     llfx.save_gguf(gm, files[3], adapter="fr")
     expected = [logits(gm)]
@@ -137,13 +138,25 @@ def test_the_file_holds_what_acts_or_the_adapter_of_a_name(served: Any, tmp_path
         expected.append(logits(gm))
     with llfx.scaled(gm, {"fr": -0.5}):
         expected.append(logits(gm))
-        llfx.save_gguf(gm, files[2])
+        with pytest.warns(UserWarning, match="writes the sum"):
+            llfx.save_gguf(gm, files[2])
     for file, wanted in zip(files, expected, strict=False):
         torch.testing.assert_close(base.logits(IDS, {file: 1.0}), wanted, atol=1e-5, rtol=0)
     two = base.logits(IDS, {files[3]: -0.5, files[1]: 1.0})
     torch.testing.assert_close(two, expected[2], atol=1e-5, rtol=0)
     with llfx.active(gm, []), pytest.raises(llfx.AdapterError, match="No adapter acts"):
         llfx.save_gguf(gm, tmp_path / "none.gguf")
+
+
+def test_a_file_of_two_acting_adapters_is_their_sum_and_says_so(tmp_path: Path) -> None:
+    gm = adapted(llama()[1], {"fr": llfx.LoRA(r=4), "it": llfx.LoRA(r=2)})
+    with pytest.warns(UserWarning, match=r"the sum of the adapters that act, fr, it, as one\. adapter='fr' writes"):
+        llfx.save_gguf(gm, tmp_path / "both.gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llfx.save_gguf(gm, tmp_path / "fr.gguf", adapter="fr")
+        with llfx.active(gm, "it"):
+            llfx.save_gguf(gm, tmp_path / "it.gguf")
 
 
 @pytest.mark.broad
@@ -168,18 +181,18 @@ def test_an_adapted_model_and_a_graph_write_the_same_bytes(tmp_path: Path) -> No
 
 
 @pytest.mark.broad
-def test_a_graph_without_its_model_needs_the_config(tmp_path: Path) -> None:
+def test_a_graph_from_a_pt2_file_needs_the_config(tmp_path: Path) -> None:
     model = causal("llama")
     gm = adapted(model, OF_LOW_RANK["LoRA"])
     llfx.save_gguf(gm, tmp_path / "with")
-    config = model.config
-    del model
-    gc.collect()
+    program = torch.export.export(gm, (), {"input_ids": torch.tensor([IDS, IDS])})
+    torch.export.save(program, tmp_path / "model.pt2")
+    exported = llfx.optimize(torch.export.load(tmp_path / "model.pt2").module())
     with pytest.raises(llfx.AdapterError, match=r"config=model\.config"):
-        llfx.save_gguf(gm, tmp_path / "without")
+        llfx.save_gguf(exported, tmp_path / "without")
     with pytest.raises(llfx.ConfigError, match="model_type"):
-        llfx.save_gguf(gm, tmp_path / "without", config={"model_type": "llama"})
-    llfx.save_gguf(gm, tmp_path / "without", config=config)
+        llfx.save_gguf(exported, tmp_path / "without", config={"model_type": "llama"})
+    llfx.save_gguf(exported, tmp_path / "without", config=model.config)
     assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()
 
 

@@ -209,7 +209,7 @@ class TwoCodes(hf.LlamaForCausalLM):
 def test_the_loss_of_other_logits_than_those_of_the_vocabulary_is_the_models_own() -> None:
     model = TwoCodes(DECODER).train(False)
     decoder, call = probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}
-    forms = Forms(model, lambda: model)
+    forms = Forms(model, lambda own_buffers=False: model)
     no_positions = Counted(None, {})
     assert forms.of(model, decoder, call, no_positions, False) is True
     assert forms.of(model, decoder, {**call, "labels": call["input_ids"]}, no_positions, False) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -210,6 +211,57 @@ def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
     for beams in (1, 2):
         assert_same(adapted, merged, prompt(), cache_implementation="static", num_beams=beams)
     assert graphs() == before + (2 if name in SEQ2SEQ else 1)
+
+
+@pytest.mark.parametrize("name", broad_after(1, ["llama", "mistral"]))
+def test_a_cache_without_a_config_takes_the_same_graph(name: str) -> None:
+    """Check that the user's object gets the states. Of a model with windows such a cache has none, so a graph too."""
+    adapted, merged = pair(name)
+    inputs = prompt()
+    adapted(**inputs)
+    before = len(adapted.graphs)
+    caches = hf.DynamicCache(), hf.DynamicCache()
+    of_class = caches[0].layer_class_to_replicate
+    for start, end in ((0, 4), (4, 6)):
+        mask = inputs["attention_mask"][:, :end]
+        actual, expected = (
+            model(inputs["input_ids"][:, start:end], attention_mask=mask, **{CACHE: cache}).logits
+            for model, cache in zip((adapted, merged), caches, strict=True)
+        )
+        close(actual, expected, 1e-12, "logits")
+    assert caches[0].layer_class_to_replicate is of_class
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        close(ours.keys, theirs.keys, 1e-12, "keys")
+    assert len(adapted.graphs) == before + (name == "mistral")
+
+
+def test_a_changed_cache_is_read_as_it_is() -> None:
+    """Check that a cache is seen anew in each call: cropped, with other rows, with a further attribute."""
+    adapted, merged = pair("llama")
+    inputs = prompt()
+
+    def run(model: Any, change: Callable[[Any], object], rows: Tensor) -> Tensor:
+        cache = hf.DynamicCache(config=model.config)
+        model(**inputs, **{CACHE: cache})
+        change(cache)
+        past = cache.get_seq_length()
+        mask = torch.ones(len(rows), past + 1, dtype=torch.long)
+        logits: Tensor = model(input_ids=rows, attention_mask=mask, **{CACHE: cache}).logits
+        assert cache.get_seq_length() == past + 1
+        return logits
+
+    def note(cache: Any) -> None:
+        cache.note = cache.layers[0].note = object()
+
+    two, one = torch.tensor([[5], [7]]), torch.tensor([[5]])
+    for change, rows in (
+        (lambda cache: None, two),
+        (lambda cache: cache.crop(-2), two),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), one),
+        (note, two),
+        (lambda cache: None, two),
+    ):
+        close(run(adapted, change, rows), run(merged, change, rows), 1e-12, "logits")
 
 
 @pytest.mark.broad

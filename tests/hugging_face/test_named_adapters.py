@@ -27,6 +27,24 @@ def adapted_by(spec: Any) -> Any:
     return model
 
 
+def trained(model: Any) -> set[str]:
+    """Return the names of the adapters of which a parameter requires a gradient."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name.rpartition("_")[2] for name in names}
+
+
+def gradients_of(model: Any) -> list[Any]:
+    """Return the gradients of all parameters that have one, and forget them."""
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def sorted_by_size(tensors: list[Any]) -> list[Any]:
+    return sorted(tensors, key=lambda tensor: float(tensor.norm()))
+
+
 @pytest.mark.broad
 def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
     peft = pytest.importorskip("peft")
@@ -50,7 +68,15 @@ def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
         model.set_adapter(names)
         theirs.set_adapter(names)
         assert model.active_adapters() == theirs.active_adapters == [names]
-        torch.testing.assert_close(model(PROMPT).logits, theirs(PROMPT).logits)
+        assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+        loss, expected = (each(PROMPT, labels=PROMPT).loss for each in (model, theirs))
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        gradients = gradients_of(model), gradients_of(theirs)
+        assert len(gradients[0]) == len(gradients[1])
+        torch.testing.assert_close(*map(sorted_by_size, gradients))
+        torch.testing.assert_close(model.merge_and_unload()(PROMPT).logits, theirs(PROMPT).logits)
     with model.disable_adapter(), theirs.disable_adapter():
         torch.testing.assert_close(model(PROMPT).logits, theirs(PROMPT).logits)
     assert model.active_adapter == "de"
@@ -94,6 +120,20 @@ def test_each_row_of_a_batch_has_its_own_adapter_as_in_peft(tmp_path: Path) -> N
         model(prompt, adapter_names=["fr", "de", "fr", "it"])
 
 
+def test_a_model_without_its_adapters_is_one_of_the_plain_class() -> None:
+    model = adapted_by({"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
+    expected = base()(PROMPT).logits
+    for plain in (model.unload(), model.get_base_model()):
+        assert type(plain) is LlamaForCausalLM
+        assert torch.equal(plain(PROMPT).logits, expected)
+    with llfx.active(model, "de"):
+        expected = model(PROMPT).logits
+    merged = model.merge_and_unload(adapter_names=["de"])
+    assert type(merged) is LlamaForCausalLM
+    torch.testing.assert_close(merged(PROMPT).logits, expected)
+    assert model.active_adapters() == ["fr", "de"]
+
+
 def test_adapters_are_added_loaded_and_deleted(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by({"fr": llfx.LoRA(r=2)})
@@ -105,11 +145,16 @@ def test_adapters_are_added_loaded_and_deleted(tmp_path: Path) -> None:
     for index, path in enumerate(("peft", "file")):
         model.load_adapter(tmp_path / path, f"it{index}")
         assert torch.equal(model(PROMPT).logits, before)  # it does not act yet
+        assert trained(model) == {"fr"}
         model.set_adapter(f"it{index}")
         torch.testing.assert_close(model(PROMPT).logits, before)
         model.set_adapter("fr")
     model.add_adapter(peft.LoraConfig(r=3, target_modules=["o_proj"]), "new")
     assert model.active_adapters() == ["new"]
+    assert trained(model) == {"new"}
+    model.load_adapter(tmp_path / "peft", "trained", is_trainable=True)
+    assert trained(model) == {"new", "trained"}
+    model.delete_adapter("trained")
     torch.testing.assert_close(model(PROMPT).logits, base()(PROMPT).logits)
     fill(model, seed=1)
     assert not torch.equal(model(PROMPT).logits, base()(PROMPT).logits)

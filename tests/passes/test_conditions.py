@@ -22,7 +22,6 @@ from lora_lite_fx.passes import (
     ConvertMaskOnce,
     FoldScaleIntoAddition,
     GatherProducts,
-    GatherWiderProducts,
     GroupHeads,
     LeaveOutMask,
     Pipeline,
@@ -193,7 +192,7 @@ def test_a_wider_sum_is_gathered_where_it_is_cast_to_the_type_of_its_site(case: 
 
     half = x(dtype=torch.bfloat16)
     gm = exported(compute, half, base="linear_2 add_1", dtype=torch.bfloat16)
-    check(gm, GatherWiderProducts(), half, edits=edits)
+    check(gm, GatherProducts(), half, edits=edits)
 
 
 def test_the_weight_of_a_branch_is_not_a_site() -> None:

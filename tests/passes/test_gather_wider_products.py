@@ -1,4 +1,4 @@
-"""`gather_wider_products`: adapters in float32 on a base in bfloat16 are gathered in training, and not in inference."""
+"""`gather_products`: adapters in float32 on a base in bfloat16 are gathered in training, and not in inference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_lite_fx as llfx
-from lora_lite_fx.passes import OPTIMIZATIONS, GatherWiderProducts
+from lora_lite_fx.passes import OPTIMIZATIONS, GatherProducts
 from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, run, tokens
 from tests.support.programs import PLAIN, after, derived
 from tests.support.saved import saved_by
@@ -29,10 +29,8 @@ def test_adapters_of_a_bfloat16_model_are_gathered_in_float32(name: str) -> None
 @pytest.mark.broad
 def test_the_scale_of_a_float16_model_stays_outside() -> None:
     """Check that nothing divides a result of float16 by a scale that may be tiny."""
-    gm = derived(
-        adapted_llama("DoRA", dtype=torch.float16), TRAINING.without("gather_wider_products", "recompute_inputs")
-    )
-    _, report = after(gm, GatherWiderProducts())
+    gm = derived(adapted_llama("DoRA", dtype=torch.float16), TRAINING.without("gather_products", "recompute_inputs"))
+    _, report = after(gm, GatherProducts())
     assert report.edits == 0
     assert {declined.why for declined in report.declined} == {"the sum has another type than the output of the site"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,7 +199,7 @@ def test_a_quantized_base_has_dense_weights_where_adapters_were(tmp_path: Path) 
         copy.deepcopy(llfx.merge(gm, requantise=True)).save_pretrained(tmp_path / "again")
     del model.config.quantization_config
     with pytest.raises(llfx.AdapterError, match="the config of LlamaForCausalLM does not say so"):
-        merged.save_pretrained(tmp_path / "again")
+        llfx.merge(llfx.rewrite(model, llfx.LoRA(r=2, target_roles=("up",)))).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -270,9 +269,5 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         merged.save_pretrained(tmp_path / "merged", max_shard_size=None)
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of what failed"
-    del model
-    gc.collect()
-    with pytest.raises(llfx.AdapterError, match=r"does not exist any more.*llfx.merge\(llfx.adapt\(model,"):
-        merged.save_pretrained(tmp_path / "merged")
     plain = llfx.merge(llfx.rewrite(torch.nn.Sequential(torch.nn.Linear(4, 4)), llfx.LoRA(r=2, target_names="0")))
     assert not hasattr(plain, "save_pretrained")

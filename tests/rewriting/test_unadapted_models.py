@@ -12,7 +12,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.capture_model import origin_of
+from lora_lite_fx.capture.origins.transformers_model import new_head
 from tests.rewriting.test_unadapted import logged, warned
 from tests.support.captured import captured
 from tests.support.selection import broad_after
@@ -42,7 +42,7 @@ def encoder() -> Any:
 
 
 def drawn(model: Any) -> tuple[str, ...]:
-    return origin_of(model).reference().new_head
+    return new_head(model)
 
 
 def test_experts_that_default_roles_leave_out_are_one_warning_with_the_way_to_adapt_them() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.capture_model import origin_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,7 +47,6 @@ def twins(model: Model, graph: fx.GraphModule) -> tuple[Model, Any]:
             shared = copies[name].detach()
             memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
     graph_twin: Any = copy.deepcopy(graph, memo)
-    graph_twin.execution = replace(graph_twin.execution, source=origin_of(twin).reference())
     return twin, graph_twin
 
 

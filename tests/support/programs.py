@@ -22,7 +22,7 @@ from tests.support.models import Attention, Case, Conv1DMLP, GatedMLP, Normed, S
 PLAIN = Pipeline(())
 
 
-SINGLY = OPTIMIZATIONS.without("gather_products", "gather_wider_products", "recompute_inputs")
+SINGLY = OPTIMIZATIONS.without("gather_products", "recompute_inputs")
 
 
 PAIR = (Attention, GatedMLP)

@@ -8,15 +8,16 @@ the same way (`graph_program.py`); then its last layers are copied (`stamp.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ...compat.torch import pytree
 from ...errors import CaptureError
 from ...graph.modes import put_in_mode
 from ...graph.regions import has_branches
+from ..export import guard_sizes
 from ..quirks.quirk import Call
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .graph_program import Layers
@@ -35,10 +36,10 @@ class ByDepth:
     Args:
         model: is shortened while it is captured, and is as before afterwards.
         call: its arguments.
-        export: captures `model` as it is.
+        export: captures `model` as it is. Gets the tensors of the call that the model does not read.
     """
 
-    def __init__(self, model: nn.Module, call: Call, export: Callable[[], fx.GraphModule]) -> None:
+    def __init__(self, model: nn.Module, call: Call, export: Callable[[Sequence[Tensor]], fx.GraphModule]) -> None:
         self._model, self._call = model, call
         self._leaves = pytree.tree_leaves(call)
         self._export = export
@@ -96,7 +97,7 @@ class ByDepth:
         return with_other_dropouts(gm, dropouts[True], dropouts[False])
 
     def _in_full(self) -> fx.GraphModule:
-        gm = self._export()
+        gm = self._export(())
         number_nodes(gm)
         if not has_branches(gm):
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
@@ -117,9 +118,12 @@ class ByDepth:
         except Exception:  # the model may refuse them
             sizes = {}
             layers, whole = self._layers(stand_in, sizes)
+        left_out = layers.inputs_left_out()
+        unread = {number: self._leaves[number] for number in left_out}
         with shortened(self._model, captured_layers(layers.repetitions)):
-            gm = self._export()
-        taken = sizes_taken(gm, self._leaves, sizes, layers.inputs_left_out())
+            gm = self._export([*unread.values()])
+        guard_sizes(gm, left_out, (), unread)
+        taken = sizes_taken(gm, self._leaves, sizes, left_out)
         shown = [(sizes, whole)]
         if taken != sizes:
             others, whole = self._layers(stand_in, taken)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ...compat.torch import codegen_of, empty_like
 from ...graph.tensors import module_at, register_tensor, tensor_of
-from ..export import GUARDS, guard_sizes
+from ..export import GUARDS
 from ..graph_calls import return_as
 from .graph_program import CONSTANT, GraphProgram, Layers
 from .program import NotRepeated, Place, PlacedStep
@@ -91,7 +91,6 @@ class _Stamping:
         for name, tensor in self.constants:  # neither parameters nor buffers, as torch.export has them
             path, _, leaf = name.rpartition(".")
             setattr(module_at(self.gm, path), leaf, tensor)
-        guard_sizes(self.gm, inputs_left_out, ())
         self.gm.graph = self.graph
 
     # Nodes of layers that were left out stand after the last one of their kind in a captured layer.

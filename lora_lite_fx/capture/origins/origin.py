@@ -1,11 +1,9 @@
-"""What capture has to know of where a model comes from; and the reference by which a graph finds it again."""
+"""What capture has to know of where a model comes from."""
 
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,10 +84,6 @@ class PlainModule:
         """Return what to do about inputs for which a graph differs from the model, after a space; often empty."""
         return ""
 
-    def reference(self) -> ModelReference:
-        """Return what a graph keeps of the model."""
-        return ModelReference(weakref.ref(self.model), type(self.model).__name__, type(self.model).__module__)
-
 
 class DiffusersModel(PlainModule):
     """A model of diffusers."""
@@ -145,33 +139,3 @@ def _takes(model: nn.Module, images: Tensor) -> bool:
     except Exception:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """A weak reference to a model, and how a Hugging Face model is found again. Calling it returns the model, or None.
-
-    Args:
-        model: the reference.
-        class_name: of the model.
-        module: the Python module in which the class is.
-        name: under which the model was loaded, a hub id or a folder; None if it was not loaded.
-        revision: the commit at the hub that was loaded, or None.
-        reads: the name of its main input, such as `input_ids`; empty for another model than one of transformers.
-        generates: whether it has what `generate` needs.
-        has_encoder: whether it is an encoder with a decoder.
-        new_head: the modules of its head that were drawn at random, see `transformers_model.new_head`.
-    """
-
-    model: weakref.ref[nn.Module]
-    class_name: str
-    module: str
-    name: str | None = None
-    revision: str | None = None
-    reads: str = ""
-    generates: bool = False
-    has_encoder: bool = False
-    new_head: tuple[str, ...] = ()
-
-    def __call__(self) -> nn.Module | None:
-        return self.model()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..inputs.parts import attends_by_type
 from ..outputs import Call, has_data, outputs_of_model
 from ..quirks.layouts import layouts_in
 from ..shared_copy import shared_copy
-from .origin import ModelReference, PlainModule, forget_checkpointing
+from .origin import PlainModule, forget_checkpointing
 
 _CACHES = ("use_cache", "use_mems_eval", "use_mems_train")
 """The switches of a config for caches; the last two are XLNet's."""
@@ -169,21 +168,6 @@ class TransformersModel(PlainModule):
         if getattr(config, "is_causal", True) and sees_behind:
             hint += " set model.config.is_causal = False if tokens are to see those behind them,"
         return hint
-
-    def reference(self) -> ModelReference:
-        """Return how the model was loaded and what it is for, too."""
-        from ...compat.transformers import revision_of
-
-        config = self.model.config
-        return replace(
-            super().reference(),
-            name=config.name_or_path or getattr(self.model, "name_or_path", None) or None,
-            revision=revision_of(config),
-            reads=getattr(self.model, "main_input_name", ""),
-            generates=hasattr(self.model, "prepare_inputs_for_generation"),
-            has_encoder=bool(getattr(config, "is_encoder_decoder", False)),
-            new_head=new_head(self.model),
-        )
 
 
 def leave_out_clamps(model: nn.Module) -> None:

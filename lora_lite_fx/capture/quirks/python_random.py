@@ -44,11 +44,13 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
         if numpy is not None:
             numpy.random.set_state(of_numpy)
     if drawn:
+        # torch.export records what torch draws, so only symbolic tracing comes here with it.
+        examples = "pass example_inputs, so that torch.export records them; or " * ("torch" in drawn)
         raise CaptureError(
             f"{type(model).__name__} draws numbers of {' and '.join(drawn)} in its forward, and a graph would keep"
-            " those of its capture for good. The way out: draw them from a tensor, such as torch.rand_like(x). Or"
-            " switch off what decides at random in training (layerdrop, jitter, SpecAugment), in a config or by a test"
-            f" of self.training. Or {COMPILE_INSTEAD}."
+            f" those of its capture for good. The way out: {examples}draw them from a tensor, such as"
+            " torch.rand_like(x). Or switch off what decides at random in training (layerdrop, jitter, SpecAugment), in"
+            f" a config or by a test of self.training. Or {COMPILE_INSTEAD}."
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ from ...errors import CaptureError
 from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
-from ..refusal import refusal
+from ..refusal import is_of_others, refusal
 from .attention_module import attend, attend_in_function, is_attention
 from .proxies import PLAIN, AskedTypes, Proxy
 from .traced_regions import RecordedRegions, go_back_to_the_caller
@@ -45,7 +47,7 @@ class _Tracer(fx.Tracer):
         self.values = values
         self.inline = inline
         # A graph that is only compared needs none, and they take most of the time.
-        self.record_stack_traces = not values
+        self.records_lines = not values
         self._refused: Exception | None = None
 
     @contextmanager
@@ -76,6 +78,12 @@ class _Tracer(fx.Tracer):
             raise self._refused
         return graph
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self.records_lines:
+            node.stack_trace = "".join(traceback.format_list(_own_frames()))
+        return node
+
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         # The placeholder of an argument with a value stays in the graph, so that graphs of one model can be compared.
         root, arguments = super().create_args_for_root(*args, **kwargs)
@@ -105,6 +113,16 @@ class _Tracer(fx.Tracer):
         if kind == "call_function":
             target = getattr(target, PLAIN, target)
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+
+def _own_frames() -> list[traceback.FrameSummary]:
+    """Return the frames of the model's own code that run now. torch.fx leaves out `forward` of the model itself."""
+    frames, frame = list[traceback.FrameSummary](), sys._getframe(1)
+    while frame is not None and frame.f_code is not _Tracer.trace.__code__:
+        if not is_of_others(frame):
+            frames.append(traceback.FrameSummary(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back  # type: ignore[assignment]
+    return frames[::-1]
 
 
 def _is_traceable(module: nn.Module) -> bool:
@@ -197,7 +215,7 @@ def _trace(model: nn.Module, values: Mapping[str, Any], inline: bool) -> fx.Grap
 def trace_into_linears(model: nn.Module) -> fx.Graph:
     """Return the graph of `model` in which linears, embeddings and convolutions are functions."""
     tracer = _Tracer({}, inline=False)
-    tracer.record_stack_traces = False  # `model` is a graph, and no code of the user's
+    tracer.records_lines = False  # `model` is a graph, and no code of the user's
     with keeping_functions():
         return tracer.trace(model)
 

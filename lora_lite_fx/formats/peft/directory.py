@@ -18,7 +18,7 @@ from ...adapters.changed_buffers import warn_of_lost_buffers
 from ...adapters.placement import adapter_names, adapter_tensor_names
 from ...adapters.state import adapter_parameters, warn_of_trained_base
 from ...adapters.state import adapter_state_dict as every_tensor
-from ...adapters.switches import known_names
+from ...adapters.switches import known_names, let_train
 from ...capture.capture_model import Inputs
 from ...errors import CheckpointError, ConfigError
 from ...graph.insertion import DEFAULT
@@ -145,6 +145,7 @@ def load_peft(
     stack: bool = False,
     allow_nonfinite: bool = False,
     fuse_loss: bool | None = None,
+    is_trainable: bool = True,
 ) -> fx.GraphModule:
     """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
@@ -163,6 +164,7 @@ def load_peft(
         stack: as for `load`.
         allow_nonfinite: as for `load`.
         fuse_loss: as for `rewrite`.
+        is_trainable: whether the parameters of the adapter require gradients. PEFT's default is False.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -174,8 +176,12 @@ def load_peft(
     adapter = read_directory(folder, allow_nonfinite)
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
+        present = adapter_tensor_names(gm)
         adapters = adapters_at_sites(gm, adapter)
-        return insert_filed(gm, adapters, folder, "load_peft", name=name, stack=stack)
+        loaded = insert_filed(gm, adapters, folder, "load_peft", name=name, stack=stack)
+        if not is_trainable:
+            let_train(loaded, [path for path in adapter_tensor_names(loaded) if path not in present], False)
+        return loaded
 
 
 def read_directory(folder: Path, allow_nonfinite: bool = False) -> PeftAdapter:

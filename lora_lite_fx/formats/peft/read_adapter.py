@@ -12,25 +12,30 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ...adapters.named_configs import reads_peft_configs
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...sites.site import Site
 from ..base_fingerprints import check_base
 from ..filed_adapter import FiledAdapter, Fitting
 from .adapted_modules import PeftModule, modules_at_sites
-from .base_model import compare_names
+from .base_model import compare_names, source_of
 from .beside import BesideFields, fit_beside
 from .form import PeftAdapter, check_site
 from .methods import form_of_config
 from .target_modules import exactly, with_targets_of
 
 
+@reads_peft_configs
 def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant | list[Variant]:
     """Return the variant that a PEFT config describes, with its targets as patterns of names.
 
+    `rewrite`, `wrap`, `adapt` and `add` call this for the configs of PEFT that they are given.
+
     Args:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
-        model: the model to adapt, whose modules `target_modules="all-linear"` and PEFT's default targets (None) name.
+        model: the model to adapt, whose modules `target_modules="all-linear"` and PEFT's default targets (None) name;
+            or a graph that remembers it.
 
     Returns:
         The config of the adapter. If PEFT trains whole modules or biases beside it (`modules_to_save`, `bias`, the head
@@ -44,7 +49,7 @@ def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = 
         fields = dict(config if isinstance(config, Mapping) else config.to_dict())
         form = form_of_config(fields)
     if model is not None:
-        fields = with_targets_of(fields, form.default_tables(), model)
+        fields = with_targets_of(fields, form.default_tables(), source_of(model) or model)
     with _refusing_other_values():
         variant = form.variant_of(fields, new=True)
     beside = BesideFields.of(fields, form.name).configs(variant)

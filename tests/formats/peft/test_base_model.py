@@ -26,7 +26,6 @@ from transformers import (
 )
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.capture_model import origin_of
 from lora_lite_fx.formats.peft.base_model import base_fields
 from lora_lite_fx.formats.safetensors_files import tensor_bytes
 from lora_lite_fx.formats.untrusted_files import read_safetensors
@@ -190,7 +189,9 @@ def test_without_fingerprints_the_names_are_compared(tmp_path: Path) -> None:
 
     def load_onto(name: str | None) -> None:
         base: Any = llfx.capture(graph)
-        base.execution = replace(base.execution, source=replace(origin_of(model).reference(), name=name))
+        made_from = copy.deepcopy(base.execution.made_from)
+        made_from.skeleton.config.name_or_path = name or ""
+        base.execution = replace(base.execution, made_from=made_from)
         llfx.load_peft(base, tmp_path)
 
     with warnings.catch_warnings():

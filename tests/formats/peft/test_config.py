@@ -73,6 +73,43 @@ def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, t
     assert torch.allclose(output(loaded), output(theirs), atol=1e-4)
 
 
+def test_rewrite_wrap_adapt_and_add_take_configs_of_peft_as_they_are() -> None:
+    model, graph = captured("llama")
+    theirs = peft.LoraConfig(r=4, lora_alpha=6, target_modules=NAMES)
+    ours = llfx.from_peft_config(theirs)
+    spec: dict[str, Any] = {"fr": theirs, "de": [peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), llfx.HRA(r=2)]}
+    for adapt in (llfx.rewrite, llfx.wrap):
+        assert ranks(adapt(graph, theirs)) == ranks(adapt(graph, ours))
+    adapted = llfx.adapt(model, spec)
+    assert [row.name for row in llfx.adapters(adapted)] == ["fr", "de", "de"]
+    llfx.add(adapted, {"it": peft.LoraConfig(r=3, target_modules=["o_proj"], modules_to_save=["lm_head"])})
+    labels = [row.label.partition("(")[0] for row in llfx.adapters(adapted)]
+    assert labels == ["LoRA", "IA3", "HRA", "Full", "LoRA"]
+
+
+def test_a_loaded_adapter_trains_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    _, graph = captured("llama")
+    gm = llfx.rewrite(graph, llfx.LoRA(r=2))
+    llfx.save_peft(gm, tmp_path)
+    assert len(llfx.adapter_parameters(llfx.load_peft(graph, tmp_path))) == len(llfx.adapter_parameters(gm))
+    both = llfx.load_peft(gm, tmp_path, name="it", is_trainable=False)
+    assert not any(name.endswith("_it") for name, each in both.named_parameters() if each.requires_grad)
+    assert len(llfx.adapter_parameters(both)) == len(llfx.adapter_parameters(gm))
+    assert llfx.adapter_parameters(llfx.load_peft(graph, tmp_path, is_trainable=False)) == []
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_targets_that_depend_on_the_model_are_those_of_the_model_to_adapt(targets: str | None) -> None:
+    model, graph = captured("llama")
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    expected = ranks(llfx.rewrite(graph, llfx.from_peft_config(config, model)))
+    assert expected
+    for adapted in (llfx.rewrite(model, config), llfx.rewrite(graph, config), llfx.adapt(model, config)):
+        assert ranks(adapted) == expected
+    with pytest.raises(llfx.ConfigError, match=r"write from_peft_config\(config, model\)"):
+        llfx.backend(config)
+
+
 @pytest.mark.parametrize("what", broad_after(4, TARGETS))
 def test_what_we_write_means_the_same_modules_and_ranks_in_peft(what: str, tmp_path: Path) -> None:
     model, graph = captured("llama")

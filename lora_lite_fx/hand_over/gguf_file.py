@@ -98,8 +98,8 @@ def save_gguf(
     architecture = _architecture_of(config)
     if adapter is None and len(acting := acting_now(model) or ()) > 1:
         warnings.warn(
-            f"save_gguf writes the sum of the adapters that act, {', '.join(acting)}, as one. adapter={acting[0]!r} writes"
-            " one of them.",
+            f"save_gguf writes the sum of the adapters that act, {', '.join(acting)}, as one."
+            f" adapter={acting[0]!r} writes one of them.",
             stacklevel=2,
         )
     with gathered(model):

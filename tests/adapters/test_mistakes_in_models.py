@@ -283,8 +283,8 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.LoraConfig(r=8),
         AttributeError,
-        "module 'lora_lite_fx' has no attribute 'LoraConfig'. A config is named as its method, llfx.LoRA(r=8); adapt and"
-        " rewrite take PEFT's own, too.",
+        "module 'lora_lite_fx' has no attribute 'LoraConfig'. A config is named as its method, llfx.LoRA(r=8); adapt"
+        " and rewrite take PEFT's own, too.",
     ),
     (lambda: anything.nonsense, AttributeError, "module 'lora_lite_fx' has no attribute 'nonsense'"),
     (lambda: graph().nonsense, AttributeError, "'GraphModule' object has no attribute 'nonsense'"),

@@ -77,7 +77,10 @@ def test_rewrite_wrap_adapt_and_add_take_configs_of_peft_as_they_are() -> None:
     model, graph = captured("llama")
     theirs = peft.LoraConfig(r=4, lora_alpha=6, target_modules=NAMES)
     ours = llfx.from_peft_config(theirs)
-    spec: dict[str, Any] = {"fr": theirs, "de": [peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), llfx.HRA(r=2)]}
+    spec: dict[str, Any] = {
+        "fr": theirs,
+        "de": [peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), llfx.HRA(r=2)],
+    }
     for adapt in (llfx.rewrite, llfx.wrap):
         assert ranks(adapt(graph, theirs)) == ranks(adapt(graph, ours))
     adapted = llfx.adapt(model, spec)

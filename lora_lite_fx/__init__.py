@@ -134,6 +134,7 @@ def __getattr__(name: str) -> Any:
 _OF_PEFT = {
     "PeftModel": "llfx.load_peft(model, path) returns a graph with the adapter; llfx.adapt(model, path) a model.",
     "get_peft_model": "llfx.adapt(model, cfg) returns a model of the same class, llfx.rewrite(model, cfg) a graph.",
+    "TaskType": "It is not needed: a model keeps its class.",
     "get_peft_model_state_dict": "llfx.adapter_state_dict(model) returns the tensors of adapters.",
     "inject_adapter_in_model": "llfx.wrap(model, cfg) returns a copy of the model with wrapped modules.",
     "prepare_model_for_kbit_training": "It is not needed: nothing is cast, and the inputs need no gradient.",
@@ -145,6 +146,7 @@ _OF_PEFT = {
 def _instead_of(name: str) -> str:
     if name.endswith("Config"):
         return ". A config is named as its method, llfx.LoRA(r=8); adapt and rewrite take PEFT's own, too."
+    name = "PeftModel" if name.startswith(("PeftModel", "AutoPeftModel")) else name
     return f". {_OF_PEFT[name]}" if name in _OF_PEFT else ""
 
 

@@ -36,7 +36,7 @@ from .casting import Moves, follow_cast, follow_move, moved_device, moves_of
 from .choose_program import Switched, constant_switches, forward_of_programs, input_switches
 from .cut_program import cut
 from .derive_program import derive_program, graph_while_exporting, optimized_graph
-from .execution import ELSEWHERE, Execution
+from .execution import Execution, elsewhere
 from .frozen import changed_inside
 from .layer_modules import make_layers
 from .program_graph import ProgramGraph
@@ -271,9 +271,7 @@ class AdaptedGraphModule(SeesMoves, CountsParameters, RunsPrograms):
                 return vars(self)[name]
             if name == "save_pretrained" and (save := self._saver()) is not None:
                 return save
-            if name in ELSEWHERE:
-                raise AttributeError(f"A rewritten graph has no {name}. {ELSEWHERE[name]}") from error
-            raise
+            raise elsewhere(name, "A rewritten graph", "graph") or error from None
 
     def _saver(self) -> Callable[..., None] | None:
         """Return what saves the model with the weights of this graph; None if it has adapters or cannot be saved."""

@@ -72,20 +72,44 @@ class Host:
 
 
 _ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
-_REMOVE = "llfx.remove(graph) returns the model without its adapters."
-ELSEWHERE = {
+_ACTING = "llfx.adapters({it}) says which adapters act, and llfx.active({it}, names) lets others act."
+_LISTED = "llfx.adapters({it}) and llfx.inspect({it}) list its adapters and sites."
+_MERGE = "llfx.merge({it}) returns the model with its adapters folded in."
+_NONE_ACTS = "`with llfx.active({it}, []):` is a scope without adapters."
+_REMOVE = "llfx.remove({it}) returns the model without its adapters."
+_ELSEWHERE = {
     "generate": _ADAPT,
     "config": _ADAPT,
-    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters;"
-    " llfx.merge(graph).save_pretrained(folder) writes the model of transformers that it was captured from, with them.",
-    "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
+    "save_pretrained": "llfx.save({it}, path) and llfx.save_peft({it}, folder) write its adapters;"
+    " llfx.merge({it}).save_pretrained(folder) writes the model of transformers that it was captured from, with them.",
+    "merge_and_unload": _MERGE,
+    "merge_adapter": _MERGE,
+    "unmerge_adapter": _MERGE,
     "unload": _REMOVE,
     "get_base_model": _REMOVE,
-    "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",
-    "set_adapter": "llfx.set_adapter(graph, name) lets one adapter act and train.",
-    "add_adapter": "llfx.add(graph, {name: cfg}) adds one.",
-    "delete_adapter": "llfx.delete(graph, name) deletes one.",
-    "load_adapter": "llfx.load_peft(graph, path, name=name) returns the graph with it.",
-    "add_weighted_adapter": "llfx.combine(graph, {name: weight, ...}, name) adds a sum of adapters.",
+    "peft_config": "llfx.to_peft_config({it}, adapter=name) returns what adapter_config.json of an adapter holds.",
+    "active_adapter": _ACTING,
+    "active_adapters": _ACTING,
+    "get_layer_status": _LISTED,
+    "get_model_status": _LISTED,
+    "disable_adapter": _NONE_ACTS,
+    "disable_adapters": _NONE_ACTS,
+    "disable_adapter_layers": _NONE_ACTS,
+    "set_adapter": "llfx.set_adapter({it}, name) lets one adapter act and train.",
+    "add_adapter": "llfx.add({it}, {{name: cfg}}) adds one.",
+    "delete_adapter": "llfx.delete({it}, name) deletes one.",
+    "load_adapter": "llfx.load_peft({it}, path, name=name) returns the graph with it.",
+    "add_weighted_adapter": "llfx.combine({it}, {{name: weight, ...}}, name) adds a sum of adapters.",
 }
-"""The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
+"""The functions to use in place of attributes that transformers and PEFT give their models."""
+
+
+def elsewhere(name: str, what: str, it: str) -> AttributeError | None:
+    """Return an error that names our function for an attribute of PEFT's models; None if there is no such function.
+
+    Args:
+        name: of the attribute.
+        what: lacks it, such as "A rewritten graph".
+        it: what the function is called with, `graph` or `model`.
+    """
+    return AttributeError(f"{what} has no {name}. {_ELSEWHERE[name].format(it=it)}") if name in _ELSEWHERE else None

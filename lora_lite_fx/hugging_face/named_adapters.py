@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.named_configs import check_free, check_name
 from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..adapters.switches import active, let_train, scaled, set_adapter
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..execution.execution import elsewhere
 from ..formats.any_file import load_any
 from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
@@ -23,6 +24,14 @@ class NamedAdapters:
     """The part of an adapted model that answers by the names of its adapters, as other libraries ask."""
 
     _acted: tuple[str, ...] | None = None  # before `disable_adapters`
+
+    if not TYPE_CHECKING:  # a checker would take each name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError as error:
+                raise elsewhere(name, "An adapted model", "model") or error from None
 
     def set_adapter(self: Any, adapter_name: str | Sequence[str]) -> None:
         """Let these adapters act and train, and no others, as `llfx.set_adapter` does.
@@ -119,13 +128,6 @@ class NamedAdapters:
         delete(self, adapter_name)
 
     delete_adapters = delete_adapter
-
-    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        """Raise AdapterError, because PEFT's kinds of sums are others; the message names `combine`."""
-        raise AdapterError(
-            "An adapted model has no add_weighted_adapter. llfx.combine(model, {name: weight, ...}, name) adds a sum of"
-            " adapters."
-        )
 
     def merge_and_unload(
         self: Any,

@@ -268,8 +268,19 @@ MISTAKES: list[Mistake] = [
         "A rewritten graph has no get_base_model. llfx.remove(graph) returns the model without its adapters.",
     ),
     (
+        lambda: graph().peft_config,
+        AttributeError,
+        "A rewritten graph has no peft_config. llfx.to_peft_config(graph, adapter=name) returns what"
+        " adapter_config.json of an adapter holds.",
+    ),
+    (
+        lambda: chat().merge_adapter(),
+        AttributeError,
+        "An adapted model has no merge_adapter. llfx.merge(model) returns the model with its adapters folded in.",
+    ),
+    (
         lambda: chat().add_weighted_adapter(["default"], [1.0], "sum"),
-        llfx.AdapterError,
+        AttributeError,
         "An adapted model has no add_weighted_adapter. llfx.combine(model, {name: weight, ...}, name) adds a sum of"
         " adapters.",
     ),
@@ -285,6 +296,12 @@ MISTAKES: list[Mistake] = [
         AttributeError,
         "module 'lora_lite_fx' has no attribute 'LoraConfig'. A config is named as its method, llfx.LoRA(r=8); adapt"
         " and rewrite take PEFT's own, too.",
+    ),
+    (
+        lambda: anything.AutoPeftModelForCausalLM,
+        AttributeError,
+        "module 'lora_lite_fx' has no attribute 'AutoPeftModelForCausalLM'. llfx.load_peft(model, path) returns a graph"
+        " with the adapter; llfx.adapt(model, path) a model.",
     ),
     (lambda: anything.nonsense, AttributeError, "module 'lora_lite_fx' has no attribute 'nonsense'"),
     (lambda: graph().nonsense, AttributeError, "'GraphModule' object has no attribute 'nonsense'"),

@@ -73,7 +73,6 @@ def test_continuous_batching_is_refused_with_a_way_out() -> None:
         adapted().generate_batch([[5, 6, 7]], progress_bar=False)
 
 
-@pytest.mark.broad
 def test_a_model_that_peft_has_changed_says_so(tmp_path: Path) -> None:
     model = llfx.adapt(one_layer_llama(), llfx.LoRA(r=2, target_names="q_proj"))
     changed = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -85,6 +84,7 @@ def test_a_model_that_peft_has_changed_says_so(tmp_path: Path) -> None:
         llfx.save(model, tmp_path / "adapter")
 
 
+@pytest.mark.broad
 def test_a_saved_folder_is_loaded_by_peft_by_transformers_and_by_the_adapted_class(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")

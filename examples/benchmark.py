@@ -6,6 +6,8 @@
     python examples/benchmark.py --cases smollm2-6 --measures memory compile recompiles
     python examples/benchmark.py --cases smollm2-4 --dtype bfloat16 --variants LoRA --measures train-2x512 \
         --arms peft peft-uncast ours ours-fused               # adapters in float32 on a base in bfloat16
+    python examples/benchmark.py --cases smollm2-6 --variants LoRA --measures decode \
+        --arms base-graph peft ours-frozen ours-adapt-frozen  # a decoded token, as `generate` runs it
     python examples/benchmark.py --device cuda                # on one card, in ten minutes: writes benchmark.md, too
     python examples/benchmark.py --device cuda --arms ours-compiled ours-compiled:reduce-overhead
     python examples/benchmark.py --from-json benchmark.json   # the table and the picture of an earlier run
@@ -23,8 +25,8 @@ Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without
 Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks` (ordinary modules around the linears,
 the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and `ours-frozen-compiled` (inside `llfx.frozen`, as
 `generate` runs; not in training), `ours-exported` (by `llfx.bake` and `torch.export`; not in training either),
-`ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`),
-`ours-balanced` (by `memory="balanced"`), `merged`.
+`ours-plain` (without optimizing passes), `ours-adapt` and `ours-adapt-frozen` (made by `adapt`), `ours-fused` (by
+`fuse_loss=True`), `ours-balanced` (by `memory="balanced"`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
 `train-2x512` (of the cases in bfloat16; with the bytes kept, and the error of the gradients of the adapters against
@@ -75,7 +77,8 @@ MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
     arm
     for arm in (*BASE, *ADAPTED)
-    if arm not in ("base-compiled", "base-exported", "peft-uncast", "peft-liger", "ours-adapt", "ours-fused")
+    if arm not in ("base-compiled", "base-exported", "peft-uncast", "peft-liger", "ours-fused")
+    and not arm.startswith("ours-adapt")
 ]
 
 

@@ -126,6 +126,7 @@ ADAPTED = (
     "ours-frozen-compiled",
     "ours-exported",
     "ours-adapt",
+    "ours-adapt-frozen",
     "ours-fused",
     "ours-balanced",
     "merged",
@@ -217,11 +218,16 @@ class Arms:
         if name == "merged":
             merged: nn.Module = llfx.merge(self.ours)
             return merged
-        if name == "ours-adapt":
+        if name in ("ours-adapt", "ours-adapt-frozen"):
             if isinstance(step.module, Linears):
                 raise llfx.ConfigError("adapt takes only models of transformers")
-            adapted: nn.Module = type(step.module)(llfx.adapt(step.module.model, self.cfg))
-            return self._filled(adapted)
+            if step.trains and name == "ours-adapt-frozen":
+                raise llfx.ConfigError("nothing is kept in training")
+            model = llfx.adapt(step.module.model, self.cfg)
+            adapted: nn.Module = self._filled(type(step.module)(model))
+            if name == "ours-adapt-frozen":
+                self._scopes.enter_context(llfx.frozen(model.eval()))
+            return adapted
         raise ValueError(f"There is no arm {name!r}; there are {', '.join((*BASE, *ADAPTED))}.")
 
     def compile(self, arm: Arm, **options: Any) -> Callable[..., Any]:

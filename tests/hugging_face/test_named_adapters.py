@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
+from lora_lite_fx.rewriting.named import acting_now
 from tests.adapters.test_switches import fill
 from tests.support.models import tiny_llama
 
@@ -118,6 +119,43 @@ def test_each_row_of_a_batch_has_its_own_adapter_as_in_peft(tmp_path: Path) -> N
         model(prompt, adapter_names=["fr", "de", "fr"])
     with pytest.raises(llfx.ConfigError, match="no adapter 'it'"):
         model(prompt, adapter_names=["fr", "de", "fr", "it"])
+
+
+def test_the_adapters_that_act_and_train_after_each_door_are_those_of_the_table(tmp_path: Path) -> None:
+    """Check the table of docs/ladder/many_adapters.md."""
+    lora = llfx.LoRA(r=2, target_names="q_proj")
+
+    def acting(model: Any) -> list[str]:
+        return list(acting_now(model) or ())
+
+    def graph() -> Any:
+        gm = llfx.rewrite(base(), {"fr": lora, "de": lora})
+        assert (acting(gm), trained(gm)) == (["fr", "de"], {"fr", "de"})
+        return gm
+
+    llfx.save(graph(), tmp_path / "fr", adapter="fr")
+    gm = graph()
+    llfx.active(gm, "fr")
+    assert (acting(gm), trained(gm)) == (["fr"], {"fr", "de"})
+    further = llfx.rewrite(gm, {"it": lora})
+    assert (acting(further), trained(further)) == (["fr", "it"], {"fr", "de", "it"})
+    loaded = llfx.load(gm, tmp_path / "fr", name="it")
+    assert (acting(loaded), trained(loaded)) == (["fr"], {"fr", "de", "it"})
+    assert acting(llfx.load(base(), tmp_path / "fr", name="it")) == ["it"]
+    llfx.add(gm, {"it": lora})
+    llfx.combine(gm, {"fr": 1.0, "de": 1.0}, "sum")
+    assert (acting(gm), trained(gm)) == (["fr"], {"fr", "de", "it", "sum"})
+    llfx.delete(gm, ["it", "sum"])
+    assert (acting(gm), trained(gm)) == (["fr"], {"fr", "de"})
+    llfx.set_adapter(gm, "de")
+    assert (acting(gm), trained(gm)) == (["de"], {"de"})
+    chat = adapted_by({"fr": lora, "de": lora})
+    chat.load_adapter(tmp_path / "fr", "it")
+    assert (acting(chat), trained(chat)) == (["fr", "de"], {"fr", "de"})
+    chat.set_adapters(["fr", "it"], [0.5, 1.0])
+    assert (acting(chat), trained(chat)) == (["fr", "it"], {"fr", "it"})
+    chat.add_adapter(lora, "es")
+    assert (acting(chat), trained(chat)) == (["es"], {"es"})
 
 
 def test_a_model_without_its_adapters_is_one_of_the_plain_class() -> None:

@@ -125,7 +125,7 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
 @pytest.mark.parametrize("variant", broad_after(1, VARIANTS))
 def test_all_arms_agree(variant: str) -> None:
-    of_inference = ("ours-frozen", "ours-exported")
+    of_inference = ("ours-frozen", "ours-adapt-frozen", "ours-exported")
     left_out = ("peft-liger", "ours-adapt", "ours-fused", "ours-balanced", *of_inference)  # of whole models the others
     names = [name for name in (*BASE, *ADAPTED) if "compiled" not in name and name not in left_out]
     ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
@@ -147,6 +147,13 @@ def test_arms_of_whole_models_agree(call: str) -> None:
     ready, notes = benchmark.ready_arms(of_model, ["base", "ours", "ours-fused", "ours-balanced"], compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == ["base", "ours", "ours-fused", "ours-balanced"]
+
+
+def test_a_token_is_decoded_through_adapt_as_by_the_graph() -> None:
+    names = ["base", "peft", "ours-frozen", "ours-adapt-frozen"]
+    ready, notes = benchmark.ready_arms(arms_of_model("decode"), names, compiled=False)
+    assert not notes
+    assert [arm.name for arm in ready] == names
 
 
 @pytest.mark.broad

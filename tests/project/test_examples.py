@@ -75,6 +75,19 @@ def test_memory_is_told_beside_time(tmp_path: Path) -> None:
     assert parts["checkpoint_layers"] < 0.2
 
 
+@pytest.mark.slow
+def test_waits_are_told_in_seconds_and_in_units_of_a_rewrite() -> None:
+    _, head, *lines = run("examples/waits.py", "--quick").splitlines()
+    assert head.split()[:3] == ["seconds", "imports", "weights"]
+    rows = {name: values for name, *values in (line.split() for line in lines[:3])}
+    assert list(rows) == ["PEFT", "rewrite", "adapt"]
+    for _, *values in (line.split() for line in lines[:3]):
+        *parts, in_all, _ = map(float, values)
+        assert in_all == pytest.approx(sum(parts), abs=0.05)
+    assert lines[3] == "units of one rewrite"
+    assert len(lines) == 12
+
+
 @pytest.mark.broad
 def test_a_step_is_told_by_operator(tmp_path: Path) -> None:
     run("examples/benchmark_profile.py", "--quick", "--rows", "4", "--out", str(tmp_path / "profile.txt"))

@@ -181,6 +181,8 @@ def test_adapters_by_name() -> None:
         halved = logits(gm)
     with llfx.active(gm, "fr"), llfx.scaled(gm, 0.5):
         torch.testing.assert_close(logits(gm), halved)
+    llfx.set_adapter(gm, "fr")
+    torch.testing.assert_close(logits(gm), alone)
 
 
 def test_a_bank(tmp_path: Path) -> None:

@@ -294,6 +294,14 @@ class PeftForm:
         """
         return variant, state
 
+    def filed(self, variant: Variant, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors of a file by their keys, of which those of modules are given by their modules.
+
+        Raises:
+            ConfigError: PEFT cannot hold them.
+        """
+        return tensors
+
     def as_lora(
         self, placed: Sequence[Placement], state: Mapping[str, Tensor]
     ) -> tuple[LoRA, Mapping[str, Tensor]] | None:

@@ -49,7 +49,7 @@ def written_form(
                 in_peft = form.tensor_to_peft(variant, site, name, tensor)
                 tensors[form.key_of(name, module.path, site)] = in_peft
     config = _config_of(form, variant, modules, names) | base_fields(model) | fields
-    return config, _to_write(tensors), [*(placement.site for placement in placed), *beside]
+    return config, _to_write(form.filed(variant, tensors)), [*(placement.site for placement in placed), *beside]
 
 
 def _to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

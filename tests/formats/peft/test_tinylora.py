@@ -83,9 +83,22 @@ def test_vectors_of_groups_of_modules_are_refused(tmp_path: Path) -> None:
         llfx.load_peft(base(), tmp_path)
 
 
-def test_vectors_of_each_site_cannot_be_written(tmp_path: Path) -> None:
+def test_vectors_whose_numbers_the_projections_tell_go_back_to_peft(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path / "theirs", projection_seed=7)
+    gm = llfx.load_peft(base(), tmp_path / "theirs").eval()
+    with torch.no_grad():
+        for parameter in llfx.adapter_parameters(gm):
+            parameter.normal_()
+    llfx.save_peft(gm, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours")).eval()
+    assert torch.allclose(theirs(X), gm(X), atol=1e-5)
+    assert torch.allclose(llfx.load_peft(base(), tmp_path / "ours").eval()(X), gm(X), atol=1e-6)
+    assert not torch.allclose(base()(X), gm(X), atol=1e-2)
+
+
+def test_vectors_whose_numbers_nothing_tells_are_not_written(tmp_path: Path) -> None:
     gm = llfx.rewrite(base(), llfx.TinyLoRA(u=3, target_names="."))
-    with pytest.raises(llfx.ConfigError, match=r"They hold TinyLoRA\(tied=True\)"):
+    with pytest.raises(llfx.ConfigError, match=r"The way out: TinyLoRA\(tied=True\)"):
         llfx.save_peft(gm, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -2,20 +2,19 @@
 
 PEFT's files number the trained vectors by the order of the modules in the model, which a graph does not keep. But PEFT
 draws the projections of a module from the seed and the same number, and writes them beside it, so that they say which
-number it has.
+number it has. An adapter that starts here has projections by the names of sites, which tell no number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ....adapters.placement import Placement
 from ....adapters.variant import Variant
 from ....errors import CheckpointError, ConfigError
 from ....variants import TinyLoRA
@@ -24,6 +23,7 @@ from ..form import PeftAdapter, PeftForm
 
 _VECTOR = "base_model.tinylora_v."
 _PROJECTIONS = ".tinylora_P"
+_AT_MODULE = ".tinylora_v"
 
 
 class _TinyLoRA(PeftForm):
@@ -31,15 +31,20 @@ class _TinyLoRA(PeftForm):
         tensors = _with_vectors_at_modules(adapter.config, adapter.tensors, adapter.path)
         return super().read(replace(adapter, tensors=tensors))
 
-    def as_written(
-        self, model: nn.Module, variant: Variant, placed: Sequence[Placement], state: Mapping[str, Tensor]
-    ) -> tuple[Variant, Mapping[str, Tensor]]:
-        if not self.fixed["tied"]:
+    def filed(self, variant: Variant, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.fixed["tied"]:
+            return tensors
+        numbers = _numbers(variant.projection_seed, tensors)  # type: ignore[attr-defined]
+        if sorted(numbers.values()) != sorted(map(str, range(len(numbers)))):
             raise ConfigError(
                 "TinyLoRA: PEFT's files number the vectors by the order of the modules in the model, which a graph does"
-                " not keep. They hold TinyLoRA(tied=True), which has one vector for all."
+                " not keep, and the projections do not tell it, as those of an adapter from PEFT do. The way out:"
+                " TinyLoRA(tied=True), which has one vector for all."
             )
-        return variant, state
+        return {
+            f"{_VECTOR}{numbers[key.rpartition('.')[0]]}" if key.endswith(_AT_MODULE) else key: tensor
+            for key, tensor in tensors.items()
+        }
 
 
 def _with_vectors_at_modules(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -64,20 +69,33 @@ def _with_vectors_at_modules(config: Mapping[str, Any], state: Mapping[str, Tens
         return dict(state)
     vectors = {key.removeprefix(_VECTOR): tensor for key, tensor in state.items() if key.startswith(_VECTOR)}
     renamed = {key: tensor for key, tensor in state.items() if not key.startswith(_VECTOR)}
-    seed = config.get("projection_seed", 42)
-    numbers: dict[Any, dict[Any, str]] = {}  # by the shape and dtype of projections, and by their values
-    for key, tensor in projections.items():
-        module, kind = key.removesuffix(_PROJECTIONS), (tensor.shape, tensor.dtype)
-        if kind not in numbers:
-            numbers[kind] = {_values(_drawn(seed, number, tensor)): number for number in vectors}
-        number = numbers[kind].get(_values(tensor))
-        if number is None:
+    numbers = _numbers(config.get("projection_seed", 42), state)
+    for module in numbers:
+        if numbers[module] not in vectors:
             raise CheckpointError(
                 f"{path}: which of the vectors is that of {module} cannot be told, because its projections are not"
                 " those that PEFT draws from the seed. Train with weight_tying=1.0, which has one vector for all."
             )
-        renamed[f"{module}.tinylora_v"] = vectors[number]
+        renamed[f"{module}{_AT_MODULE}"] = vectors[numbers[module]]
     return renamed
+
+
+def _numbers(seed: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the number by which PEFT draws the projections of each module, below the count of all; else none, "".
+
+    Args:
+        seed: of the config.
+        tensors: with the projections, by PEFT's keys.
+    """
+    projections = {key.removesuffix(_PROJECTIONS): each for key, each in tensors.items() if key.endswith(_PROJECTIONS)}
+    drawn: dict[Any, dict[Any, str]] = {}  # the numbers by the shape and dtype of projections, and by their values
+    for tensor in projections.values():
+        if (kind := (tensor.shape, tensor.dtype)) not in drawn:
+            numbers = map(str, range(len(projections)))
+            drawn[kind] = {_values(_drawn(seed, number, tensor)): number for number in numbers}
+    return {
+        module: drawn[tensor.shape, tensor.dtype].get(_values(tensor), "") for module, tensor in projections.items()
+    }
 
 
 def _drawn(seed: Any, number: str, like: Tensor) -> Tensor:

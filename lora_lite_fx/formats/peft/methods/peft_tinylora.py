@@ -38,7 +38,7 @@ class _TinyLoRA(PeftForm):
         if sorted(numbers.values()) != sorted(map(str, range(len(numbers)))):
             raise ConfigError(
                 "TinyLoRA: PEFT's files number the vectors by the order of the modules in the model, which a graph does"
-                " not keep, and the projections do not tell it, as those of an adapter from PEFT do. The way out:"
+                " not keep. Projections that PEFT drew tell it, and these were drawn here. The way out:"
                 " TinyLoRA(tied=True), which has one vector for all."
             )
         return {

@@ -130,6 +130,36 @@ def test_a_model_whose_cache_has_no_attention_generates() -> None:
         assert torch.equal(*texts)
 
 
+@pytest.mark.broad
+@since("transformers", "5.25", "a state space takes tokens back")
+def test_a_state_space_counts_the_tokens_of_its_cache_and_takes_some_back() -> None:
+    ids = calls(hf.MambaForCausalLM(MAMBA))[1]["input_ids"][1:]
+    found = []
+    for model in pair("a state space"):
+        logits: list[Tensor] = []
+        cache = hf.DynamicCache(config=model.config)
+        cache.activate_past_recording(recurrent_states_to_keep=3)
+        for start, end, back in ((0, 5, 0), (5, 8, 2), (8, 9, 0)):
+            logits.append(model(input_ids=ids[:, start:end], use_cache=True, **{CACHE: cache}).logits.detach())
+            cache.crop(-back)
+        assert cache.get_seq_length() == 7
+        layer = cache.layers[0]
+        found.append([*logits, layer.conv_states[0].detach(), layer.recurrent_states[0].detach()])
+    for number, (actual, expected) in enumerate(zip(*found, strict=True)):
+        close(actual, expected, 1e-10, f"number {number} of logits and states")
+
+
+@pytest.mark.broad
+def test_an_encoder_takes_several_texts_in_one_row() -> None:
+    """Check it of positions that start again, by which releases of transformers since 5.25 tell texts apart."""
+    adapted, wrapped = pair("an encoder with a head for each token, which has no cache")
+    ids = calls(adapted)[1]["input_ids"][1:]
+    rows = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 6], [*range(9)]])
+    for positions in (rows, rows[2:].repeat(3, 1)):
+        call = {"input_ids": ids, "position_ids": positions}
+        close(adapted(**call).logits, wrapped(**call).logits, 1e-10, "logits")
+
+
 def dory() -> Any:
     """Return a model that adds layers to its cache for layers that run twice."""
     config = hf.DoryConfig(

@@ -284,6 +284,19 @@ def test_the_callers_cache_is_updated_as_the_eager_model_updates_it() -> None:
             close(ours.values, theirs.values, 1e-12, "values")
 
 
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_unless("lfm2".__ne__, ["llama", "gemma3", "lfm2"]))
+def test_tokens_that_were_guessed_wrong_are_taken_out_of_the_cache(name: str) -> None:
+    """Check it of attention to all tokens, of a window that the text outgrows, and of convolutions."""
+    adapted, merged = pair(name)
+    ids = prompt()["input_ids"][1:, 1:]
+    inputs = {"input_ids": torch.cat([ids, ids], dim=1)}
+    options = {"no_repeat_ngram_size": 0, "max_new_tokens": 8, "min_new_tokens": 8}
+    assert_same(adapted, merged, inputs, **options, prompt_lookup_num_tokens=3)
+    if name == "llama":
+        assert_same(adapted, merged, inputs, **options, assistant_model=model_of(name))
+
+
 def test_without_use_cache_the_result_has_no_cache() -> None:
     adapted, merged = pair("llama")
     actual, expected = (model(**prompt(), use_cache=False) for model in (adapted, merged))

@@ -53,7 +53,7 @@ class Step:
 
 
 STYLE = Step("format, lint, types", 60, ("ruff format --check .", "ruff check .", "mypy"))
-EVERYDAY = Step("everyday tests", 420, (TESTS,))
+EVERYDAY = Step("everyday tests", 500, (TESTS,))
 BROAD = Step("broad tests", 1030, (f"{TESTS} -m 'broad and not slow'",))
 VERSIONS = "python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|peft|mypy|ruff)='"
 RUNTIMES = (
@@ -96,7 +96,7 @@ LANDING = (
     ),
     Step(
         "benchmark, tiny cases",
-        40,
+        60,
         (
             'MPLBACKEND=Agg python examples/benchmark.py --quick --out "$WORK/benchmark"',
             'for end in json png; do test -s "$WORK/benchmark.$end"; done',

@@ -222,7 +222,8 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
         result = Result(case, f"saved by {MIXED}", variant, "B", notes=notes)
         yield report.of_values(result, {arm.name: saved(arm) for arm in ready})
         exact = arms.exact_gradients()
-        errors = {arm.name: gradient_error(arm, exact) for arm in ready if not arm.name.startswith("base")}
+        adapted = [arm for arm in ready if arm.parameters]  # the base and the merged model have no adapters to train
+        errors = {arm.name: gradient_error(arm, exact) for arm in adapted}
         yield Result(case, f"gradients of {MIXED}", variant, "", errors, notes=notes)
     if call == "forward" and "recompiles" in args.measures:
         counts = {name: compilations(arms, name) for name in ("base", "peft", "ours") if name in args.arms}

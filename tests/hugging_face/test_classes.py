@@ -143,7 +143,7 @@ def test_a_state_space_counts_the_tokens_of_its_cache_and_takes_some_back() -> N
             logits.append(model(input_ids=ids[:, start:end], use_cache=True, **{CACHE: cache}).logits.detach())
             cache.crop(-back)
         assert cache.get_seq_length() == 7
-        layer = cache.layers[0]
+        layer: Any = cache.layers[0]
         found.append([*logits, layer.conv_states[0].detach(), layer.recurrent_states[0].detach()])
     for number, (actual, expected) in enumerate(zip(*found, strict=True)):
         close(actual, expected, 1e-10, f"number {number} of logits and states")

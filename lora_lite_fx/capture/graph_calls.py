@@ -44,7 +44,7 @@ class _Arguments(PyTreeCodeGen):
         nested = [name for name in free_vars if name.split(":")[0].strip() not in self.further]
         return super().gen_var_bindings(fn_args[: -len(self.further)], nested, expanded_def)
 
-    def process_inputs(self, *inputs: Any) -> Any:
+    def process_inputs(self, *inputs: Any) -> Any:  # type: ignore[override, unused-ignore]
         if self.signature is None:
             return super().process_inputs(*inputs)
         if torch.compiler.is_exporting():

@@ -126,7 +126,7 @@ def test_results_without_a_gradient_give_none(several: bool) -> None:
     x, a = tensor(7, 5), tensor(2, 5)
     branches = [Branch(tensor(6, 5, trained=False), None, tensor(6, 2), None)] if several else []
     products = LowRankProducts((2,), (1.5,)) if several else LowRankProducts()
-    result: Any = Dropped.apply(products(x, a, *flatten(branches))[-1])  # type: ignore[no-untyped-call]
+    result: Any = Dropped.apply(products(x, a, *flatten(branches))[-1])  # type: ignore[no-untyped-call, unused-ignore]
     gradients: tuple[Any, ...] = torch.autograd.grad(result.sum(), [x, a], allow_unused=True)
     assert gradients == (None, None)
 

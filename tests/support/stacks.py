@@ -210,7 +210,7 @@ class Differentiates(Stack):
     def forward(self, x: Tensor) -> Tensor:
         first = x
         for index, layer in enumerate(self.layers):
-            x = layer(Straight.apply(x) if index == ODD else x * 2.0, first)  # type: ignore[no-untyped-call]
+            x = layer(Straight.apply(x) if index == ODD else x * 2.0, first)  # type: ignore[no-untyped-call, unused-ignore]
         return x
 
 

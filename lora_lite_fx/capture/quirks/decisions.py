@@ -231,7 +231,7 @@ def _entries(size: Any) -> Any:
 
     if not isinstance(size, torch.SymInt) or not free_unbacked_symbols(size):
         return size
-    return _Entries(size.node)  # type: ignore[no-untyped-call]
+    return _Entries(size.node)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _frame() -> FrameType | None:

@@ -83,7 +83,7 @@ def of_detached(x: Tensor) -> Tensor:
 
 
 def images() -> tuple[Model, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    convolution = nn.Conv2d(3, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convolution = nn.Conv2d(3, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     shapes = ((2, 3, 4, 5), (3, 3, 6, 4))
     x, other = (torch.randn(*shape).double().to(memory_format=torch.channels_last) for shape in shapes)
     return Model(convolution, rows_of_channels_last), (x,), (other,)
